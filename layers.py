@@ -1,0 +1,218 @@
+"""The leaves and blocks that MusicLDM's models are built from, as pure MindSpore functions.
+
+Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
+sequence, C channels, I and O channels into and out of a layer, K taps of a convolution, G groups.
+Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C); a leaf returns its input's dtype.
+Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its `weight` and
+`bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
+"""
+import numpy as np
+from mindspore import Tensor, float32, ops
+from mindspore.ops import constexpr
+
+def linear(x, weight, bias=None):
+    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, as channels are last."""
+    y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), weight)
+    if bias is not None:
+        y = ops.bias_add(y, bias)
+    return y.reshape(x.shape[:-1] + (weight.shape[0],))
+
+
+@constexpr
+def tap_rows(size, out_size, kernel, stride, dilation, padding, scale):
+    """For each output position and tap of a convolution, the row of the flattened (H * W, C) input that it multiplies.
+
+    All but `scale` are pairs (height, width). Row H * W stands for the zeros outside the image. `scale` 2 reads the
+    image as if its pixels were doubled in both directions. Returns an int32 Tensor (H_out * W_out * K,).
+    """
+    def along(axis):
+        place = np.arange(out_size[axis])[:, None] * stride[axis] + np.arange(kernel[axis]) * dilation[axis]
+        return (place - padding[axis]) // scale
+
+    y, x = along(0)[:, None, :, None], along(1)[None, :, None, :]
+    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+    return Tensor(np.where(inside, y * size[1] + x, size[0] * size[1]).reshape(-1).astype(np.int32))
+
+
+def gathered_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
+    """A convolution as one gather and one matrix product: what is fast where the native kernel is slow (CPU).
+
+    x (N, H, W, I), weight (O, K, I) -> (N * H_out * W_out, O)
+    """
+    n, h, w, i = x.shape
+    rows = tap_rows((h, w), out_size, kernel, stride, dilation, padding, scale)
+    x = ops.cat((x.reshape(n, h * w, i), ops.zeros((n, 1, i), x.dtype)), 1)
+    taps = ops.gather(x, rows, 1).reshape(n * out_size[0] * out_size[1], -1)
+    return ops.MatMul(transpose_b=True)(taps, weight.reshape(weight.shape[0], -1))
+
+
+def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
+    """The same by the device's own convolution: x (N, H, W, I), weight (O, I, KH, KW) -> (N * H_out * W_out, O)."""
+    n, h, w, i = x.shape
+    if scale > 1:
+        x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
+        h, w = h * scale, w * scale
+        x = x.reshape(n, h, w, i)
+    # padding on the far sides is whatever out_size needs; below 0 it cuts (nearest upsampling to an odd size)
+    bottom = (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h
+    right = (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w
+    x = x[:, :h + min(bottom, 0), :w + min(right, 0)].transpose(0, 3, 1, 2)
+    pad = (padding[0], max(bottom, 0), padding[1], max(right, 0))
+    convolve = ops.Conv2D(weight.shape[0], kernel, pad_mode="pad", pad=pad, stride=stride, dilation=dilation)
+    return convolve(x, weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
+
+
+def convolution(x, weight, out_size, *, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), scale=1):
+    """The weight's layout, chosen for the device when it was loaded, says which of the two ways computes it."""
+    way = gathered_convolution if weight.ndim == 3 else native_convolution
+    return way(x, weight, out_size, kernel=kernel, stride=stride, dilation=dilation, padding=padding, scale=scale)
+
+
+def conv2d(x, weight, bias, *, stride=1, upsample_to=None):
+    """3x3 convolution with padding 1: x (N, H, W, I) -> (N, ceil(H / stride), ceil(W / stride), O).
+
+    `upsample_to` (H_out, W_out) doubles the image first (nearest neighbour), cut to that size:
+    diffusers' Upsample2D with its `output_size`.
+    """
+    n, h, w, _ = x.shape
+    out_size = ((h - 1) // stride + 1, (w - 1) // stride + 1) if upsample_to is None else upsample_to
+    y = convolution(x, weight, out_size, kernel=(3, 3), stride=(stride, stride), padding=(1, 1),
+                    scale=1 if upsample_to is None else 2)
+    return ops.bias_add(y, bias).reshape(n, out_size[0], out_size[1], -1)
+
+
+def conv1d(x, weight, bias, *, kernel, dilation=1):
+    """x (N, L, I) -> (N, L, O), zero-padded to keep its length; `kernel` is odd."""
+    n, l, i = x.shape
+    y = convolution(x.reshape(n, l, 1, i), weight, (l, 1), kernel=(kernel, 1), dilation=(dilation, 1),
+                    padding=(dilation * (kernel - 1) // 2, 0))
+    return ops.bias_add(y, bias).reshape(n, l, -1)
+
+
+def polyphase(kernel, stride):
+    """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
+
+    Position t = stride * q + phase sums the inputs i whose tap k = t + padding - stride * i lies in [0, kernel), with
+    HiFi-GAN's padding (kernel - stride) // 2.
+    """
+    padding = (kernel - stride) // 2
+    first = (kernel - 1 - padding) // stride
+    return first, first + 1 + (stride - 1 + padding) // stride
+
+
+def conv_transpose1d(x, weight, bias, *, kernel, stride):
+    """x (N, L, I) -> (N, (L - 1) * stride - 2 * ((kernel - stride) // 2) + kernel, O).
+
+    torch's ConvTranspose1d as a plain convolution with one set of output channels for each of the `stride` phases
+    (weights.py: `polyphase_weight`), so that no device needs a transposed one.
+    """
+    n, l, i = x.shape
+    first, taps = polyphase(kernel, stride)
+    length = (l - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
+    rows = (length - 1) // stride + 1
+    y = convolution(x.reshape(n, l, 1, i), weight, (rows, 1), kernel=(taps, 1), padding=(first, 0))
+    y = ops.bias_add(y.reshape(n * rows * stride, -1), bias).reshape(n, rows * stride, -1)
+    return y[:, :length]
+
+
+def group_norm(x, weight, bias, *, groups, eps):
+    """x (N, H, W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
+
+    Sums over positions are matrix products with a row of ones: the fast way on a CPU with channels last.
+    """
+    n, h, w, c = x.shape
+    rows = x.reshape(n, h * w, c).astype(float32)
+    average = ops.full((n, 1, h * w), 1 / (h * w), dtype=float32)
+    mean = ops.bmm(average, rows).reshape(n, groups, -1).mean(-1, keep_dims=True)
+    square = ops.bmm(average, rows * rows).reshape(n, groups, -1).mean(-1, keep_dims=True)
+    scale = weight.reshape(1, groups, -1) * ops.rsqrt(square - mean * mean + eps)
+    shift = bias.reshape(1, groups, -1) - mean * scale
+    return (rows * scale.reshape(n, 1, c) + shift.reshape(n, 1, c)).astype(x.dtype).reshape(n, h, w, c)
+
+
+def layer_norm(x, weight, bias, *, eps):
+    """x (..., C), normalised over C."""
+    return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
+
+
+def gelu(x):
+    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation."""
+    return x * (ops.erf(x * 0.5 ** 0.5) * 0.5 + 0.5)
+
+
+def leaky_relu(x, slope):
+    return ops.maximum(x, x * slope)
+
+
+def attend(q, k, v, bias, *, heads):
+    """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
+
+    q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
+    """
+    n, l, c = q.shape
+    q = (q * (c // heads) ** -0.5).reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
+    k = k.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
+    v = v.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
+    scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(float32)
+    if bias is not None:
+        scores = scores + bias
+    y = ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
+    return y.transpose(0, 2, 1, 3).reshape(n, l, c)
+
+
+def attention(x, p, *, heads):
+    """diffusers' Attention without its norm: x (N, L, C) -> (N, L, C)."""
+    q, k, v = linear(x, **p["to_q"]), linear(x, **p["to_k"]), linear(x, **p["to_v"])
+    return linear(attend(q, k, v, None, heads=heads), **p["to_out.0"])
+
+
+def transformer_block(x, p, *, heads):
+    """diffusers' BasicTransformerBlock, x (N, L, C). There is no text sequence: attn2 attends to x as attn1 does."""
+    x = x + attention(layer_norm(x, **p["norm1"], eps=1e-5), p["attn1"], heads=heads)
+    x = x + attention(layer_norm(x, **p["norm2"], eps=1e-5), p["attn2"], heads=heads)
+    hidden, gate = ops.chunk(linear(layer_norm(x, **p["norm3"], eps=1e-5), **p["ff"]["net.0.proj"]), 2, -1)
+    return x + linear(hidden * gelu(gate), **p["ff"]["net.2"])
+
+
+def spatial_transformer(x, p, *, heads, groups):
+    """diffusers' Transformer2DModel: x (N, H, W, C), attended to as H * W positions."""
+    n, h, w, c = x.shape
+    y = linear(group_norm(x, **p["norm"], groups=groups, eps=1e-6), **p["proj_in"]).reshape(n, h * w, c)
+    y = transformer_block(y, p["transformer_blocks.0"], heads=heads)
+    return x + linear(y, **p["proj_out"]).reshape(n, h, w, c)
+
+
+def image_attention(x, p, *, groups):
+    """The VAE's attention block, one head over all positions: x (N, H, W, C)."""
+    n, h, w, c = x.shape
+    y = group_norm(x, **p["group_norm"], groups=groups, eps=1e-6).reshape(n, h * w, c)
+    return x + attention(y, p, heads=1).reshape(n, h, w, c)
+
+
+def resnet(x, embedding, p, *, groups, eps):
+    """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O); embedding (N, E) of time and class, None in the VAE."""
+    y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"])
+    if embedding is not None:
+        y = y + linear(ops.silu(embedding), **p["time_emb_proj"]).reshape(x.shape[0], 1, 1, -1)
+    y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"])
+    if "conv_shortcut" in p:
+        x = linear(x, **p["conv_shortcut"])
+    return x + y
+
+
+def bert_layer(x, bias, p, *, heads, eps):
+    """transformers' RobertaLayer (norms after the residuals): x (N, L, C), attention bias (N, 1, 1, L)."""
+    q, k, v = (linear(x, **p["attention"]["self"]["query"]), linear(x, **p["attention"]["self"]["key"]),
+               linear(x, **p["attention"]["self"]["value"]))
+    y = linear(attend(q, k, v, bias, heads=heads), **p["attention"]["output"]["dense"])
+    x = layer_norm(x + y, **p["attention"]["output"]["LayerNorm"], eps=eps)
+    y = linear(gelu(linear(x, **p["intermediate"]["dense"])), **p["output"]["dense"])
+    return layer_norm(x + y, **p["output"]["LayerNorm"], eps=eps)
+
+
+def hifigan_block(x, p, *, kernel, dilations, slope):
+    """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
+    for i in range(len(dilations)):
+        y = conv1d(leaky_relu(x, slope), **p["convs1." + str(i)], kernel=kernel, dilation=dilations[i])
+        x = x + conv1d(leaky_relu(y, slope), **p["convs2." + str(i)], kernel=kernel)
+    return x

@@ -1,0 +1,458 @@
+"""Checkpoints: a folder in diffusers' layout becomes a configuration and a tree of MindSpore tensors.
+
+Everything odd about a checkpoint ends here: dtypes, shards, weight norm, buffers, and the layout that layers.py
+computes with. The models in musicldm.py see only nested dicts under the checkpoint's own names: the path to a tensor,
+joined by dots, is its name in the file. A number stays with the word before it (`params["unet"]["down_blocks.0"]`,
+`"net.0.proj"`), because a MindSpore graph takes dicts at most six deep.
+"""
+import json
+import math
+import pathlib
+import re
+
+import mindspore
+import numpy as np
+import safetensors
+from mindspore import Tensor
+
+import layers
+
+MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+          "vocoder": "model"}
+CONFIG_FILES = {**{model: f"{model}/config.json" for model in MODELS}, "schedule": "scheduler/scheduler_config.json"}
+TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt")
+IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
+WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+RANDOM = "random"
+
+# What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
+IMPLEMENTED = {
+    "text_encoder.text_config": {"hidden_act": "gelu", "position_embedding_type": "absolute",
+                                 "projection_hidden_act": "relu"},
+    "text_encoder.audio_config": {"hidden_act": "gelu", "enable_fusion": False, "enable_patch_layer_norm": True,
+                                  "qkv_bias": True, "projection_hidden_act": "relu"},
+    "unet": {"act_fn": "silu", "class_embed_type": "simple_projection", "class_embeddings_concat": True,
+             "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "num_attention_heads": None,
+             "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1, "downsample_padding": 1,
+             "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
+             "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "encoder_hid_dim": None,
+             "addition_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3},
+    "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
+            "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
+    "vocoder": {},
+    "schedule": {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
+                 "clip_sample": False, "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
+}
+
+
+class InputError(ValueError):
+    """Something passed in is unusable; the message is one line that names it and says what would be valid."""
+
+
+# ---------------------------------------------------------------------------------------------------- folders, config
+
+def find_weights(weights):
+    """A folder path, a Hugging Face hub id or "random" -> the folder as str, or "random". Hub files are fetched."""
+    if weights == RANDOM or pathlib.Path(weights).is_dir():
+        return weights
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
+        raise InputError(f"weights: no folder {weights!r}; valid: a folder in diffusers' layout, a hub id "
+                         f"such as ucsd-reach/musicldm, or {RANDOM!r}")
+    files = [*CONFIG_FILES.values(), *TOKENIZER_FILES, *(f"{model}/*.safetensors*" for model in MODELS)]
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(f"weights: no folder {weights!r} here, and huggingface_hub is not installed to fetch it: run "
+                         f"'pip install huggingface_hub', or pass a folder that holds {' '.join(files)}") from None
+    try:
+        return snapshot_download(weights, allow_patterns=files)
+    except Exception as error:  # the hub client has many error types; each means that the files could not be had
+        raise InputError(f"weights: cannot fetch {weights!r}: {one_line(error)}") from error
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"weights: {path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
+
+
+def read_config_files(folder):
+    """The architecture that a checkpoint states: {section: its config.json}, refused if it is not implemented here."""
+    paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
+    missing = [str(path) for path in [*paths.values(), *(pathlib.Path(folder) / name for name in TOKENIZER_FILES)]
+               if not path.is_file()]
+    if missing:
+        raise InputError(f"weights: {folder} is incomplete, missing: {', '.join(missing)}")
+    files = {section: read_json(path) for section, path in paths.items()}
+    for name, wanted in IMPLEMENTED.items():
+        section, *inner = name.split(".")
+        stated = files[section]
+        for key in inner:
+            stated = stated.get(key, {}) if isinstance(stated, dict) else None
+        if not isinstance(stated, dict):
+            raise InputError(f"weights: {paths[section]} must hold a JSON object for {name}")
+        for key, value in wanted.items():
+            if stated.get(key, value) != value:
+                raise InputError(f"weights: {paths[section]}: {key} is {stated[key]!r}; implemented: {value!r}")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+def under(prefix, *groups):
+    return {f"{prefix}.{name}": shape for group in groups for name, shape in group.items()}
+
+
+def linear_shapes(i, o, bias=True):
+    return {"weight": (o, i), "bias": (o,)} if bias else {"weight": (o, i)}
+
+
+def conv_shapes(i, o, *kernel):
+    return {"weight": (o, i, *kernel), "bias": (o,)}
+
+
+def norm_shapes(c):
+    return {"weight": (c,), "bias": (c,)}
+
+
+def resnet_shapes(i, o, time_embedding=None):
+    return {**under("norm1", norm_shapes(i)), **under("conv1", conv_shapes(i, o, 3, 3)),
+            **(under("time_emb_proj", linear_shapes(time_embedding, o)) if time_embedding else {}),
+            **under("norm2", norm_shapes(o)), **under("conv2", conv_shapes(o, o, 3, 3)),
+            **(under("conv_shortcut", conv_shapes(i, o, 1, 1)) if i != o else {})}
+
+
+def attention_shapes(c, bias):
+    return {**under("to_q", linear_shapes(c, c, bias)), **under("to_k", linear_shapes(c, c, bias)),
+            **under("to_v", linear_shapes(c, c, bias)), **under("to_out.0", linear_shapes(c, c))}
+
+
+def spatial_transformer_shapes(c):
+    block = {**under("norm1", norm_shapes(c)), **under("attn1", attention_shapes(c, bias=False)),
+             **under("norm2", norm_shapes(c)), **under("attn2", attention_shapes(c, bias=False)),
+             **under("norm3", norm_shapes(c)), **under("ff.net.0.proj", linear_shapes(c, 8 * c)),
+             **under("ff.net.2", linear_shapes(4 * c, c))}
+    return {**under("norm", norm_shapes(c)), **under("proj_in", conv_shapes(c, c, 1, 1)),
+            **under("transformer_blocks.0", block), **under("proj_out", conv_shapes(c, c, 1, 1))}
+
+
+def unet_shapes(cfg):
+    channels, layers = cfg["block_out_channels"], cfg["layers_per_block"]
+    first, last, deepest = channels[0], len(channels) - 1, channels[-1]
+    time_dim = 4 * first
+    embedding = 2 * time_dim  # class_embeddings_concat: the time embedding and the projected CLAP vector
+    shapes = {**under("time_embedding.linear_1", linear_shapes(first, time_dim)),
+              **under("time_embedding.linear_2", linear_shapes(time_dim, time_dim)),
+              **under("class_embedding", linear_shapes(cfg["projection_class_embeddings_input_dim"], time_dim)),
+              **under("conv_in", conv_shapes(cfg["in_channels"], first, 3, 3))}
+    c, skips = first, [first]
+    for i, (o, kind) in enumerate(zip(channels, cfg["down_block_types"])):
+        for j in range(layers):
+            shapes |= under(f"down_blocks.{i}.resnets.{j}", resnet_shapes(c, o, embedding))
+            if kind.startswith("CrossAttn"):
+                shapes |= under(f"down_blocks.{i}.attentions.{j}", spatial_transformer_shapes(o))
+            c = o
+            skips.append(c)
+        if i < last:
+            shapes |= under(f"down_blocks.{i}.downsamplers.0.conv", conv_shapes(c, c, 3, 3))
+            skips.append(c)
+    shapes |= under("mid_block.resnets.0", resnet_shapes(deepest, deepest, embedding))
+    shapes |= under("mid_block.attentions.0", spatial_transformer_shapes(deepest))
+    shapes |= under("mid_block.resnets.1", resnet_shapes(deepest, deepest, embedding))
+    for i, (o, kind) in enumerate(zip(reversed(channels), cfg["up_block_types"])):
+        for j in range(layers + 1):
+            shapes |= under(f"up_blocks.{i}.resnets.{j}", resnet_shapes(c + skips.pop(), o, embedding))
+            if kind.startswith("CrossAttn"):
+                shapes |= under(f"up_blocks.{i}.attentions.{j}", spatial_transformer_shapes(o))
+            c = o
+        if i < last:
+            shapes |= under(f"up_blocks.{i}.upsamplers.0.conv", conv_shapes(c, c, 3, 3))
+    return shapes | under("conv_norm_out", norm_shapes(c)) | under("conv_out", conv_shapes(c, cfg["out_channels"], 3, 3))
+
+
+def vae_shapes(cfg):
+    channels, layers, latent = cfg["block_out_channels"], cfg["layers_per_block"], cfg["latent_channels"]
+    last, deepest = len(channels) - 1, channels[-1]
+    mid = {**under("mid_block.resnets.0", resnet_shapes(deepest, deepest)),
+           **under("mid_block.attentions.0.group_norm", norm_shapes(deepest)),
+           **under("mid_block.attentions.0", attention_shapes(deepest, bias=True)),
+           **under("mid_block.resnets.1", resnet_shapes(deepest, deepest))}
+    c = channels[0]
+    encoder = {**under("conv_in", conv_shapes(cfg["in_channels"], c, 3, 3)), **mid,
+               **under("conv_norm_out", norm_shapes(deepest)), **under("conv_out", conv_shapes(deepest, 2 * latent, 3, 3))}
+    for i, o in enumerate(channels):
+        for j in range(layers):
+            encoder |= under(f"down_blocks.{i}.resnets.{j}", resnet_shapes(c, o))
+            c = o
+        if i < last:
+            encoder |= under(f"down_blocks.{i}.downsamplers.0.conv", conv_shapes(c, c, 3, 3))
+    decoder = {**under("conv_in", conv_shapes(latent, deepest, 3, 3)), **mid,
+               **under("conv_norm_out", norm_shapes(channels[0])),
+               **under("conv_out", conv_shapes(channels[0], cfg["out_channels"], 3, 3))}
+    for i, o in enumerate(reversed(channels)):
+        for j in range(layers + 1):
+            decoder |= under(f"up_blocks.{i}.resnets.{j}", resnet_shapes(c, o))
+            c = o
+        if i < last:
+            decoder |= under(f"up_blocks.{i}.upsamplers.0.conv", conv_shapes(c, c, 3, 3))
+    return {**under("encoder", encoder), **under("quant_conv", conv_shapes(2 * latent, 2 * latent, 1, 1)),
+            **under("post_quant_conv", conv_shapes(latent, latent, 1, 1)), **under("decoder", decoder)}
+
+
+def clap_text_shapes(cfg):
+    c, wide = cfg["hidden_size"], cfg["intermediate_size"]
+    layer = {**under("attention.self.query", linear_shapes(c, c)), **under("attention.self.key", linear_shapes(c, c)),
+             **under("attention.self.value", linear_shapes(c, c)), **under("attention.output.dense", linear_shapes(c, c)),
+             **under("attention.output.LayerNorm", norm_shapes(c)),
+             **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c)),
+             **under("output.LayerNorm", norm_shapes(c))}
+    return {"embeddings.word_embeddings.weight": (cfg["vocab_size"], c),
+            "embeddings.position_embeddings.weight": (cfg["max_position_embeddings"], c),
+            "embeddings.token_type_embeddings.weight": (cfg["type_vocab_size"], c),
+            **under("embeddings.LayerNorm", norm_shapes(c)), **under("pooler.dense", linear_shapes(c, c)),
+            **{name: shape for i in range(cfg["num_hidden_layers"])
+               for name, shape in under(f"encoder.layer.{i}", layer).items()}}
+
+
+def clap_audio_shapes(cfg):
+    c, mels = cfg["patch_embeds_hidden_size"], cfg["num_mel_bins"]
+    shapes = {**under("patch_embed.proj", conv_shapes(1, c, cfg["patch_size"], cfg["patch_size"])),
+              **under("patch_embed.norm", norm_shapes(c)), **under("batch_norm", norm_shapes(mels)),
+              "batch_norm.running_mean": (mels,), "batch_norm.running_var": (mels,)}
+    for i, (depth, heads) in enumerate(zip(cfg["depths"], cfg["num_attention_heads"])):
+        wide = int(cfg["mlp_ratio"] * c)
+        block = {**under("layernorm_before", norm_shapes(c)), **under("layernorm_after", norm_shapes(c)),
+                 "attention.self.relative_position_bias_table": ((2 * cfg["window_size"] - 1) ** 2, heads),
+                 **under("attention.self.query", linear_shapes(c, c)), **under("attention.self.key", linear_shapes(c, c)),
+                 **under("attention.self.value", linear_shapes(c, c)),
+                 **under("attention.output.dense", linear_shapes(c, c)),
+                 **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c))}
+        for j in range(depth):
+            shapes |= under(f"layers.{i}.blocks.{j}", block)
+        if i < len(cfg["depths"]) - 1:
+            shapes |= under(f"layers.{i}.downsample.norm", norm_shapes(4 * c))
+            shapes |= under(f"layers.{i}.downsample.reduction", linear_shapes(4 * c, 2 * c, bias=False))
+            c *= 2
+    return shapes | under("norm", norm_shapes(c))
+
+
+def clap_shapes(cfg):
+    text, audio, out = cfg["text_config"], cfg["audio_config"], cfg["projection_dim"]
+    return {"logit_scale_a": (), "logit_scale_t": (), **under("text_model", clap_text_shapes(text)),
+            **under("text_projection.linear1", linear_shapes(text["hidden_size"], out)),
+            **under("text_projection.linear2", linear_shapes(out, out)),
+            **under("audio_model.audio_encoder", clap_audio_shapes(audio)),
+            **under("audio_projection.linear1", linear_shapes(audio["hidden_size"], out)),
+            **under("audio_projection.linear2", linear_shapes(out, out))}
+
+
+def vocoder_shapes(cfg):
+    mels, c = cfg["model_in_dim"], cfg["upsample_initial_channel"]
+    shapes = {"mean": (mels,), "scale": (mels,), **under("conv_pre", conv_shapes(mels, c, 7))}
+    kernels = cfg["resblock_kernel_sizes"]
+    for i, kernel in enumerate(cfg["upsample_kernel_sizes"]):
+        shapes |= under(f"upsampler.{i}", {"weight": (c, c // 2, kernel), "bias": (c // 2,)})
+        c //= 2
+        for j, (size, dilations) in enumerate(zip(kernels, cfg["resblock_dilation_sizes"])):
+            for k in range(len(dilations)):
+                shapes |= under(f"resblocks.{i * len(kernels) + j}.convs1.{k}", conv_shapes(c, c, size))
+                shapes |= under(f"resblocks.{i * len(kernels) + j}.convs2.{k}", conv_shapes(c, c, size))
+    return shapes | under("conv_post", conv_shapes(c, 1, 7))
+
+
+def param_shapes(cfg):
+    """{model: {tensor name: shape}} of everything a checkpoint of this configuration holds, as its files lay it out."""
+    return {"text_encoder": clap_shapes(cfg["text_encoder"]), "unet": unet_shapes(cfg["unet"]),
+            "vae": vae_shapes(cfg["vae"]), "vocoder": vocoder_shapes(cfg["vocoder"])}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def shard_paths(folder, model):
+    path = pathlib.Path(folder) / model / f"{MODELS[model]}.safetensors"
+    index = path.with_name(path.name + ".index.json")
+    if not index.is_file():
+        return [path]
+    try:
+        return [path.with_name(name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"weights: {index} has no weight_map of tensor names to files") from None
+
+
+def stored_tensors(folder, model):
+    """{name: array} over all shards, mapped from the files: nothing is read yet. bfloat16 comes as its uint16 bits."""
+    arrays = {}
+    for path in shard_paths(folder, model):
+        try:
+            with safetensors.safe_open(path, "np") as file:  # checks the header and that the file is whole
+                names = file.keys()
+            raw = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:
+            raise InputError(f"weights: {path} is missing") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
+        start = 8 + int(raw[:8].view("<u8")[0])  # the format: header length, JSON header, data
+        header = json.loads(raw[8:start].tobytes())
+        for name in names:
+            begin, end = (start + offset for offset in header[name]["data_offsets"])
+            dtype = DTYPES.get(header[name]["dtype"])
+            arrays[name] = raw[begin:end].view(dtype).reshape(header[name]["shape"]) if dtype else header[name]["dtype"]
+    return {name: array for name, array in arrays.items() if not IGNORED_BUFFERS.search("." + name)}
+
+
+def find_sources(shapes, stored, where):
+    """{parameter: the names that hold it in the file}, one, or two under weight norm. Lists all that is wrong at once."""
+    sources = {}
+    for name in shapes:
+        split = [tuple(name[:-len("weight")] + part for part in pair) for pair in WEIGHT_NORM if name.endswith(".weight")]
+        sources[name] = next((names for names in [(name,), *split] if stored.keys() >= set(names)), ())
+    wanted = {names[-1]: shapes[name] for name, names in sources.items() if names}
+    wanted |= {names[0]: shapes[name][:1] + (1,) * (len(shapes[name]) - 1)
+               for name, names in sources.items() if len(names) == 2}
+    problems = {"missing": [name for name, names in sources.items() if not names],
+                "unexpected": [name for name in stored if name not in wanted],
+                "not floating-point": [f"{name} ({stored[name]})" for name in wanted if isinstance(stored[name], str)],
+                "of the wrong shape": [f"{name} {stored[name].shape} instead of {shape}" for name, shape in wanted.items()
+                                       if not isinstance(stored[name], str) and stored[name].shape != shape]}
+    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    return sources, f"{where}: {'; '.join(found)}" if found else None
+
+
+def check_weights(cfg):
+    """Compare every file's tensors with `param_shapes`, all models at once, before anything is read."""
+    checked, problems = {}, []
+    for model, shapes in param_shapes(cfg).items():
+        stored = stored_tensors(cfg["weights"], model)
+        sources, problem = find_sources(shapes, stored, shard_paths(cfg["weights"], model)[0])
+        checked[model] = stored, sources
+        problems += [problem] if problem else []
+    if problems:
+        raise InputError(f"weights: {'; '.join(problems)}")
+    return checked
+
+
+def as_float32(array):
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def fold_weight_norm(g, v):
+    """weight = g * v / |v|, the length taken over all axes but the first (Salimans & Kingma, 2016, equation 2)."""
+    length = np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=tuple(range(1, v.ndim)), keepdims=True))
+    return (g * (v / length)).astype(np.float32)
+
+
+def read_parameters(model, stored, sources):
+    """Yield (name, float32 array) of every parameter of a model."""
+    for name, names in sources.items():
+        arrays = [as_float32(stored[source]) for source in names]
+        array = arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
+        if not np.isfinite(array.sum()) and not np.isfinite(array).all():
+            raise InputError(f"weights: {model}: {name} holds NaN or Inf")
+        yield name, array
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+def polyphase_weight(weight, stride):
+    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps): layers.conv_transpose1d."""
+    i, o, kernel = weight.shape
+    first, taps = layers.polyphase(kernel, stride)
+    phases = np.zeros((stride, o, i, taps), weight.dtype)
+    for phase in range(stride):
+        for tap in range(taps):
+            k = stride * (first - tap) + phase + (kernel - stride) // 2
+            if 0 <= k < kernel:
+                phases[phase, :, :, tap] = weight[:, :, k].T
+    return phases.reshape(stride * o, i, taps)
+
+
+def lay_out(name, weight, cfg, native):
+    """A parameter as its file has it -> as layers.py computes with it.
+
+    A convolution (O, I, KH, KW) or (O, I, K) becomes (O, I, KH, KW) where the device's own convolution is `native`,
+    (O, K, I) where it is gathered, and (O, I) with one tap. Everything else stays as it is.
+    """
+    if name.startswith("upsampler.") and weight.ndim == 3:
+        weight = polyphase_weight(weight, cfg["vocoder"]["upsample_rates"][int(name.split(".")[1])])
+    if weight.ndim < 3:
+        return weight
+    if math.prod(weight.shape[2:]) == 1:
+        return weight.reshape(weight.shape[:2])
+    if native:
+        return weight.reshape(weight.shape + (1,) * (4 - weight.ndim))
+    return np.ascontiguousarray(weight.reshape(*weight.shape[:2], -1).transpose(0, 2, 1))
+
+
+def nest(flat):
+    """{"a.0.b.weight": x} -> {"a.0": {"b": {"weight": x}}}."""
+    tree = {}
+    for name, value in flat.items():
+        *path, leaf = re.findall(r"[A-Za-z]\w*(?:\.\d+)*(?:\.proj(?=\.))?", name)
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return tree
+
+
+def random_arrays(shapes, rng):
+    """Yield (name, float32 array), scaled so that signals neither vanish nor explode."""
+    for name, shape in shapes.items():
+        if name.endswith(("bias", "mean", "relative_position_bias_table")):
+            yield name, np.zeros(shape, np.float32)
+        elif len(shape) < 2:
+            yield name, np.ones(shape, np.float32)
+        else:
+            fan_in = 2 * shape[0] if name.startswith("upsampler.") else math.prod(shape[1:])
+            yield name, rng.standard_normal(shape, np.float32) * np.float32(fan_in ** -0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+def use_device(cfg):
+    """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU"."""
+    current = mindspore.get_context("device_target")
+    if cfg["device"] in ("auto", current):
+        return current
+    try:
+        mindspore.set_device(cfg["device"])
+    except (RuntimeError, ValueError, TypeError):
+        raise InputError(f"device: this MindSpore has no {cfg['device']}; valid: auto, {current}") from None
+    return cfg["device"]
+
+
+def to_tree(arrays, cfg):
+    """An iterable of (name, float32 array in the file's layout) -> nested dicts of Tensors in the device's layout."""
+    native = use_device(cfg) != "CPU"
+    dtype = getattr(mindspore, cfg["dtype"])
+    return nest({name: Tensor(lay_out(name, array, cfg, native), dtype) for name, array in arrays})
+
+
+def random_params(cfg, seed):
+    """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
+    rng = np.random.default_rng(seed)
+    return {model: to_tree(random_arrays(shapes, rng), cfg) for model, shapes in param_shapes(cfg).items()}
+
+
+def load_params(cfg):
+    """{model: nested dict of Tensors} from the folder cfg["weights"], or `random_params` with seed 0 for "random".
+
+    Raises InputError if a file is missing, cut or unreadable, or if a tensor is missing, unexpected, of another shape
+    or type than the configuration asks for, or not finite.
+    """
+    if cfg["weights"] == RANDOM:
+        return random_params(cfg, seed=0)
+    checked = check_weights(cfg)
+    return {model: to_tree(read_parameters(model, *checked[model]), cfg) for model in checked}
