@@ -10,6 +10,15 @@ import numpy as np
 from mindspore import Tensor, float32, ops
 from mindspore.ops import constexpr
 
+def stretched(x, shape):
+    """x broadcast to a shape, for arithmetic on large tensors.
+
+    Left to broadcast by itself, MindSpore's CPU arithmetic takes twice the time, and each such operation of a graph
+    keeps 16 bytes for every number of its result until the process ends.
+    """
+    return ops.broadcast_to(x, shape)
+
+
 def linear(x, weight, bias=None):
     """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, as channels are last."""
     y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), weight)
@@ -23,27 +32,28 @@ def tap_rows(size, out_size, kernel, stride, dilation, padding, scale):
     """For each output position and tap of a convolution, the row of the flattened (H * W, C) input that it multiplies.
 
     All but `scale` are pairs (height, width). Row H * W stands for the zeros outside the image. `scale` 2 reads the
-    image as if its pixels were doubled in both directions. Returns an int32 Tensor (H_out * W_out * K,).
+    image as if its pixels were doubled in both directions and it was cut to out_size. Returns int32 (H_out * W_out * K,).
     """
     def along(axis):
-        place = np.arange(out_size[axis])[:, None] * stride[axis] + np.arange(kernel[axis]) * dilation[axis]
-        return (place - padding[axis]) // scale
+        place = np.arange(out_size[axis])[:, None] * stride[axis] + np.arange(kernel[axis]) * dilation[axis] - padding[axis]
+        return place // scale, (place >= 0) & (place < (size if scale == 1 else out_size)[axis])
 
-    y, x = along(0)[:, None, :, None], along(1)[None, :, None, :]
-    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-    return Tensor(np.where(inside, y * size[1] + x, size[0] * size[1]).reshape(-1).astype(np.int32))
+    (y, y_inside), (x, x_inside) = along(0), along(1)
+    inside = y_inside[:, None, :, None] & x_inside[None, :, None, :]
+    rows = y[:, None, :, None] * size[1] + x[None, :, None, :]
+    return Tensor(np.where(inside, rows, size[0] * size[1]).reshape(-1).astype(np.int32))
 
 
 def gathered_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
     """A convolution as one gather and one matrix product: what is fast where the native kernel is slow (CPU).
 
-    x (N, H, W, I), weight (O, K, I) -> (N * H_out * W_out, O)
+    x (N, H, W, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
     n, h, w, i = x.shape
     rows = tap_rows((h, w), out_size, kernel, stride, dilation, padding, scale)
     x = ops.cat((x.reshape(n, h * w, i), ops.zeros((n, 1, i), x.dtype)), 1)
     taps = ops.gather(x, rows, 1).reshape(n * out_size[0] * out_size[1], -1)
-    return ops.MatMul(transpose_b=True)(taps, weight.reshape(weight.shape[0], -1))
+    return ops.MatMul(transpose_b=True)(taps, weight)
 
 
 def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
@@ -51,20 +61,19 @@ def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding
     n, h, w, i = x.shape
     if scale > 1:
         x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
-        h, w = h * scale, w * scale
-        x = x.reshape(n, h, w, i)
-    # padding on the far sides is whatever out_size needs; below 0 it cuts (nearest upsampling to an odd size)
-    bottom = (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h
-    right = (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w
-    x = x[:, :h + min(bottom, 0), :w + min(right, 0)].transpose(0, 3, 1, 2)
-    pad = (padding[0], max(bottom, 0), padding[1], max(right, 0))
-    convolve = ops.Conv2D(weight.shape[0], kernel, pad_mode="pad", pad=pad, stride=stride, dilation=dilation)
-    return convolve(x, weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
+        h, w = out_size
+        x = x.reshape(n, x.shape[1] * scale, x.shape[3] * scale, i)[:, :h, :w]
+    # the far sides get what out_size needs, which is not what the near sides get in a transposed convolution
+    bottom = max(0, (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h)
+    right = max(0, (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w)
+    convolve = ops.Conv2D(weight.shape[0], kernel, pad_mode="pad", pad=(padding[0], bottom, padding[1], right),
+                          stride=stride, dilation=dilation)
+    return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
 
 
 def convolution(x, weight, out_size, *, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), scale=1):
     """The weight's layout, chosen for the device when it was loaded, says which of the two ways computes it."""
-    way = gathered_convolution if weight.ndim == 3 else native_convolution
+    way = gathered_convolution if weight.ndim == 2 else native_convolution
     return way(x, weight, out_size, kernel=kernel, stride=stride, dilation=dilation, padding=padding, scale=scale)
 
 
@@ -127,7 +136,8 @@ def group_norm(x, weight, bias, *, groups, eps):
     square = ops.bmm(average, rows * rows).reshape(n, groups, -1).mean(-1, keep_dims=True)
     scale = weight.reshape(1, groups, -1) * ops.rsqrt(square - mean * mean + eps)
     shift = bias.reshape(1, groups, -1) - mean * scale
-    return (rows * scale.reshape(n, 1, c) + shift.reshape(n, 1, c)).astype(x.dtype).reshape(n, h, w, c)
+    rows = rows * stretched(scale.reshape(n, 1, c), rows.shape) + stretched(shift.reshape(n, 1, c), rows.shape)
+    return rows.astype(x.dtype).reshape(n, h, w, c)
 
 
 def layer_norm(x, weight, bias, *, eps):
@@ -193,7 +203,7 @@ def resnet(x, embedding, p, *, groups, eps):
     """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O); embedding (N, E) of time and class, None in the VAE."""
     y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"])
     if embedding is not None:
-        y = y + linear(ops.silu(embedding), **p["time_emb_proj"]).reshape(x.shape[0], 1, 1, -1)
+        y = y + stretched(linear(ops.silu(embedding), **p["time_emb_proj"]).reshape(y.shape[0], 1, 1, -1), y.shape)
     y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"])
     if "conv_shortcut" in p:
         x = linear(x, **p["conv_shortcut"])

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import mindspore
 import numpy as np
@@ -353,14 +354,13 @@ def fold_weight_norm(g, v):
     return (g * (v / length)).astype(np.float32)
 
 
-def read_parameters(model, stored, sources):
-    """Yield (name, float32 array) of every parameter of a model."""
-    for name, names in sources.items():
-        arrays = [as_float32(stored[source]) for source in names]
-        array = arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
-        if not np.isfinite(array.sum()) and not np.isfinite(array).all():
-            raise InputError(f"weights: {model}: {name} holds NaN or Inf")
-        yield name, array
+def read_parameter(model, name, stored, sources):
+    """One parameter, float32, in the file's layout."""
+    arrays = [as_float32(stored[source]) for source in sources[name]]
+    array = arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
+    if not np.isfinite(array).all():
+        raise InputError(f"weights: {model}: {name} holds NaN or Inf")
+    return array
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
@@ -382,8 +382,10 @@ def lay_out(name, weight, cfg, native):
     """A parameter as its file has it -> as layers.py computes with it.
 
     A convolution (O, I, KH, KW) or (O, I, K) becomes (O, I, KH, KW) where the device's own convolution is `native`,
-    (O, K, I) where it is gathered, and (O, I) with one tap. Everything else stays as it is.
+    (O, K * I) where it is gathered, and (O, I) with one tap. The rest, and the unused VAE encoder, stay as they are.
     """
+    if name.startswith("encoder."):
+        return weight
     if name.startswith("upsampler.") and weight.ndim == 3:
         weight = polyphase_weight(weight, cfg["vocoder"]["upsample_rates"][int(name.split(".")[1])])
     if weight.ndim < 3:
@@ -392,7 +394,7 @@ def lay_out(name, weight, cfg, native):
         return weight.reshape(weight.shape[:2])
     if native:
         return weight.reshape(weight.shape + (1,) * (4 - weight.ndim))
-    return np.ascontiguousarray(weight.reshape(*weight.shape[:2], -1).transpose(0, 2, 1))
+    return weight.reshape(*weight.shape[:2], -1).transpose(0, 2, 1).reshape(weight.shape[0], -1)
 
 
 def nest(flat):
@@ -433,17 +435,17 @@ def use_device(cfg):
     return cfg["device"]
 
 
-def to_tree(arrays, cfg):
-    """An iterable of (name, float32 array in the file's layout) -> nested dicts of Tensors in the device's layout."""
-    native = use_device(cfg) != "CPU"
-    dtype = getattr(mindspore, cfg["dtype"])
-    return nest({name: Tensor(lay_out(name, array, cfg, native), dtype) for name, array in arrays})
+def to_tensor(name, array, cfg, native):
+    array = np.ascontiguousarray(lay_out(name, array, cfg, native))
+    tensor = Tensor.from_numpy(array)  # shares the memory: what is laid out as in the file stays mapped from it
+    return tensor if cfg["dtype"] == "float32" else tensor.astype(getattr(mindspore, cfg["dtype"]))
 
 
 def random_params(cfg, seed):
     """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
-    rng = np.random.default_rng(seed)
-    return {model: to_tree(random_arrays(shapes, rng), cfg) for model, shapes in param_shapes(cfg).items()}
+    native, rng = use_device(cfg) != "CPU", np.random.default_rng(seed)
+    return {model: nest({name: to_tensor(name, array, cfg, native) for name, array in random_arrays(shapes, rng)})
+            for model, shapes in param_shapes(cfg).items()}
 
 
 def load_params(cfg):
@@ -454,5 +456,11 @@ def load_params(cfg):
     """
     if cfg["weights"] == RANDOM:
         return random_params(cfg, seed=0)
-    checked = check_weights(cfg)
-    return {model: to_tree(read_parameters(model, *checked[model]), cfg) for model in checked}
+    checked, native, params = check_weights(cfg), use_device(cfg) != "CPU", {}
+    with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
+        for model, (stored, sources) in checked.items():
+            def load(name):
+                return to_tensor(name, read_parameter(model, name, stored, sources), cfg, native)
+
+            params[model] = nest(dict(zip(sources, pool.map(load, sources))))
+    return params
