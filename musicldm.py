@@ -25,7 +25,7 @@ from mindspore import Tensor, ops
 
 import weights as checkpoints
 from layers import (bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention, layer_norm,
-                    leaky_relu, linear, resnet, spatial_transformer)
+                    leaky_relu, linear, resnet, spatial_transformer, tanh)
 from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -144,7 +144,9 @@ def load_config(path="config.yaml", weights=None, overrides=()):
     if cfg["weights"] != checkpoints.RANDOM:
         stated = checkpoints.read_config_files(cfg["weights"])
         cfg = merged(cfg, {section: known_part(stated[section], cfg[section]) for section in stated})
-    return merged(cfg, changes)
+    cfg = merged(cfg, changes)
+    load_vocabulary(cfg)  # refused now rather than when the first prompt is read
+    return cfg
 
 
 def frozen(section):
@@ -201,7 +203,10 @@ def load_vocabulary(cfg):
         return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
     vocab_path, merges_path = (pathlib.Path(cfg["weights"]) / name for name in checkpoints.TOKENIZER_FILES)
     vocab = checkpoints.read_json(vocab_path)
-    missing = [token for token in SPECIAL_TOKENS if not isinstance(vocab, dict) or token not in vocab]
+    size = cfg["text_encoder"]["text_config"]["vocab_size"]
+    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < size for i in vocab.values()):
+        raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise InputError(f"weights: {vocab_path} lacks the tokens {' '.join(missing)}")
     try:
@@ -225,6 +230,13 @@ def text_to_tokens(text, ranks):
     return tokens
 
 
+def tokens_to_text(tokens):
+    codes = {character: byte for byte, character in enumerate(byte_characters())}
+    parts = (token.encode() if token in SPECIAL_TOKENS else bytes(codes[character] for character in token)
+             for token in tokens)
+    return b"".join(parts).decode("utf-8", errors="replace")
+
+
 def tokenize(cfg, prompts):
     """Token ids and mask, np.int32 (n, L) each, padded to the longest of the prompts (a text or a list of texts).
 
@@ -234,13 +246,11 @@ def tokenize(cfg, prompts):
     text = cfg["text_encoder"]["text_config"]
     longest = text["max_position_embeddings"] - text["pad_token_id"] - 1
     rows = []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+    for prompt in checked_prompts(prompts):
         tokens = text_to_tokens(prompt, ranks)
         if len(tokens) > longest - 2:
-            codes = {character: byte for byte, character in enumerate(byte_characters())}
-            rest = "".join(token for token in tokens[longest - 2:])
-            rest = bytes(codes[character] for character in rest).decode("utf-8", errors="replace")
-            warnings.warn(f"the prompt is longer than {longest - 2} tokens; cut: {rest!r}", stacklevel=2)
+            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {tokens_to_text(tokens[longest - 2:])!r}",
+                          stacklevel=2)
         tokens = ["<s>", *tokens[:longest - 2], "</s>"]
         rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])
     length = max(map(len, rows))
@@ -264,7 +274,7 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
     for i in range(cfg["num_hidden_layers"]):
         x = bert_layer(x, bias, text_model["encoder"]["layer." + str(i)], heads=cfg["num_attention_heads"],
                        eps=cfg["layer_norm_eps"])
-    x = ops.tanh(linear(x[:, 0], **text_model["pooler"]["dense"]))
+    x = tanh(linear(x[:, 0], **text_model["pooler"]["dense"]))
     return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
 
 
@@ -278,8 +288,8 @@ def unet(x, timestep, class_labels, p, cfg):
     levels, heads = len(channels), cfg["attention_head_dim"]
     embedding = linear(timestep, **p["time_embedding"]["linear_1"])
     embedding = linear(ops.silu(embedding), **p["time_embedding"]["linear_2"])
-    embedding = ops.cat((ops.broadcast_to(embedding, (x.shape[0], embedding.shape[1])),
-                         linear(class_labels, **p["class_embedding"])), -1)
+    embedding = ops.silu(ops.cat((ops.broadcast_to(embedding, (x.shape[0], embedding.shape[1])),
+                                  linear(class_labels, **p["class_embedding"])), -1))
 
     x = conv2d(x, **p["conv_in"])
     skips = (x,)
@@ -362,7 +372,7 @@ def hifigan(mel, p, cfg):
                                           dilations=dilations[j], slope=slope)
         x = total / len(kernels)
     x = conv1d(leaky_relu(x, 0.01), **p["conv_post"], kernel=7)  # torch's default slope: the reference gives none here
-    return ops.tanh(x.reshape(x.shape[:2]))
+    return tanh(x.reshape(x.shape[:2]))
 
 
 # --------------------------------------------------------------------------------------------------------------- DDIM
@@ -524,6 +534,8 @@ def generate(cfg, prompt, params=None, **options):
     n = len(prompts)
     sampling = checked_options(cfg, options, n)
     steps, eta, callback = sampling["num_inference_steps"], sampling["eta"], options.get("callback")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
     samples, size = clip_size(cfg, sampling["audio_length_in_s"])
     x, noise = options.get("latents"), options.get("noise")
     x = standard_normal(sampling["seed"], 0, n, size) if x is None else checked_array("latents", x, (n, *size))

@@ -1,0 +1,46 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import musicldm
+import weights
+
+GOLDEN = pathlib.Path(__file__).with_name("golden")
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+
+
+def golden_config(*overrides):
+    return musicldm.load_config(musicldm.DEFAULT_CONFIG, GOLDEN / "checkpoint", overrides)
+
+
+def case_config(name):
+    case = CASES[name]
+    overrides = [f"vocoder.normalize_before={str(case.get('normalize_before', False)).lower()}"]
+    return golden_config(*overrides, *([f"unet.attention_head_dim={case['heads']}"] if "heads" in case else []))
+
+
+def case_options(name):
+    case = CASES[name]
+    options = {"audio_length_in_s": case["height"] * 0.04, "num_inference_steps": case["steps"],
+               "guidance_scale": case.get("guidance", 2.0), "eta": case.get("eta", 0.0),
+               "negative_prompt": case.get("negative_prompt"), "latents": reference(name)["in_latents"]}
+    return {**options, "noise": reference(name)["in_noise"]} if options["eta"] else options
+
+
+def reference(name):
+    """The stored arrays of one case of make_golden.py."""
+    with np.load(GOLDEN / "arrays.npz") as file:
+        return {key.split(".")[1]: file[key] for key in file.files if key.startswith(f"{name}.")}
+
+
+def relative_error(result, expected):
+    """Largest error over largest expected value: the measure of every parity bar."""
+    assert result.shape == expected.shape
+    return float(np.abs(result.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="session")
+def params():
+    return weights.load_params(golden_config())

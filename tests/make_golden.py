@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Make golden/: a tiny random checkpoint in the published layout, and what the reference pipeline computes with it.
+
+    pip install torch==2.13.0 diffusers==0.33.1 transformers==4.57.1 "huggingface-hub<1.0" "tokenizers<0.23"
+    python tests/make_golden.py
+
+Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
+"""
+import json
+import pathlib
+import platform
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, MusicLDMPipeline, UNet2DConditionModel
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer, SpeechT5HifiGan,
+                          SpeechT5HifiGanConfig)
+
+GOLDEN = pathlib.Path(__file__).with_name("golden")
+CHANNELS = (12, 8, 12, 16)
+CORPUS = """A slow blues in the key of A minor with a walking bass line, and soft brushes on the snare drum.
+A fast techno track with a strong kick drum, bright synths, deep bass and a rising melody. It's loud, isn't it?
+Low quality, average quality, a noisy recording with hum, hiss and distortion; they've tuned at 440 Hz since 1939.
+Ambient pads drift over a gentle drone with distant bells, ocean waves and wind. We'll hear 24 voices in 8 parts."""
+LONG = " ".join(f"Part {i}: louder and faster than part {i - 1}." for i in range(1, 12))
+CASES = {
+    "guided": dict(prompt="a fast techno track with bright synths", negative_prompt="low quality", steps=10, height=8),
+    "batch": dict(prompt=["a slow blues; it's raining", "", LONG], steps=3, height=11, eta=1.0),
+    "variant": dict(prompt="ambient pads, no drums", steps=2, height=5, guidance=1.0, heads=[3, 2, 3, 4],
+                    normalize_before=True),
+}
+TEXTS = [
+    "", " ", "techno", " techno", "Techno  with   runs    of spaces ", "tabs\tand\n\nnew\r\nlines \n x\t\t", "\n", "  \n  ",
+    "It's they're we've I'm she'll he'd IT'S 'tis rock 'n' roll's 'sx 'S ''s", "120 bpm, 3/4, ½, ², Ⅻ, ٣, 四五", "x1y22z333",
+    "Música électro très gaie 🎹🥁👩🏽\u200d🎤", "悲しいピアノ、雨", "грустная скрипка", "naïve café – “musique” → done…", "e\u0301 combining",
+    "<mask>", "a <mask> b", "a  \u00a0<mask>  b", "</s>", "a</s>b <s> c <pad>d<unk>", "<mask", "<MASK>", "< mask >", "a_b__c", "under_score's",
+    "\u00a0nbsp\u2003em\u3000ideographic\u2028line\u0085nel\x1cfs\x00nul\ufeff", "!!! ??? ...", "don't…stop", "한국어 음악", "हिन्दी संगीत", "عربي",
+    "word " * 2000, "\u200b", "a\u200bb", "𝒻ancy 𝟘𝟙", "ß ẞ ǅ", "ªº", "\U0001fae8", "x" * 300, LONG,
+]
+
+
+def build():
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(CORPUS.splitlines(), vocab_size=499, min_frequency=1, show_progress=False,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    bpe.add_special_tokens(["<mask>"])
+    folder = GOLDEN / "checkpoint" / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save_model(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab["<mask>"] = len(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    tokenizer = RobertaTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=48)
+    clap = ClapModel(ClapConfig(
+        projection_dim=24,
+        text_config=dict(vocab_size=len(vocab), max_position_embeddings=50, hidden_size=24, intermediate_size=40,
+                         num_hidden_layers=2, num_attention_heads=3, projection_dim=24),
+        audio_config=dict(projection_dim=24, patch_embeds_hidden_size=4, hidden_size=32, depths=[1, 1, 2, 1],
+                          num_attention_heads=[1, 1, 2, 2])))
+    unet = UNet2DConditionModel(
+        in_channels=8, out_channels=8, layers_per_block=2, block_out_channels=CHANNELS, cross_attention_dim=CHANNELS,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",), norm_num_groups=4, attention_head_dim=4,
+        class_embed_type="simple_projection", projection_class_embeddings_input_dim=24, class_embeddings_concat=True)
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=8, layers_per_block=1, block_out_channels=(8, 8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
+        scaling_factor=0.9)
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(
+        model_in_dim=16, sampling_rate=16000, upsample_initial_channel=24, upsample_rates=[5, 8, 4],
+        upsample_kernel_sizes=[16, 16, 8], resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5], [1, 3]],
+        normalize_before=False))
+    scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", steps_offset=1,
+                              clip_sample=False, set_alpha_to_one=False)
+    extractor = ClapFeatureExtractor(frequency_min=50, frequency_max=14000, truncation="rand_trunc", padding="repeatpad")
+    pipe = MusicLDMPipeline(vae=vae, text_encoder=clap, tokenizer=tokenizer, feature_extractor=extractor, unet=unet,
+                            scheduler=scheduler, vocoder=vocoder)
+    for model in (clap, unet, vae, vocoder):
+        model.eval()
+        for name, x in [*model.named_parameters(), *model.named_buffers()]:
+            if not x.is_floating_point() or "logit_scale" in name:
+                continue
+            if x.ndim < 2:
+                x.normal_(std=0.2)
+                if "norm" in name.lower() and name.endswith("weight") or name.endswith(("var", "scale")):
+                    x.abs_().add_(1)
+            else:
+                fan_in = 2 * x.shape[0] if "upsampler." in name else x[0].numel()
+                x.normal_(std=1 if "embeddings" in name else fan_in ** -0.5 * (1.3 if model is vocoder else 1))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, case, rng):
+    case = {**dict(negative_prompt=None, guidance=2.0, eta=0.0), **case}
+    prompts = [case["prompt"]] if isinstance(case["prompt"], str) else case["prompt"]
+    out = {"in_latents": rng.standard_normal((len(prompts), 8, case["height"], 4)).astype(np.float32)}
+    noise = rng.standard_normal((case["steps"], *out["in_latents"].shape)).astype(np.float32)
+    if case["eta"]:
+        out["in_noise"] = noise
+    if "heads" in case:
+        config = {**pipe.unet.config, "attention_head_dim": case["heads"]}
+        unet = UNet2DConditionModel.from_config(config).eval()
+        unet.load_state_dict(pipe.unet.state_dict())
+        pipe.unet = unet
+    pipe.vocoder.config.normalize_before = case.get("normalize_before", False)
+    steps, seen, draws = [], {}, iter(noise)
+    decode, features, step = pipe.vae.decode, pipe.text_encoder.get_text_features, pipe.scheduler.step
+
+    def keep(name, function):
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen.setdefault(name, getattr(result, "sample", result).numpy().copy())
+            return result
+        return wrapped
+
+    with mock.patch.object(pipe.vae, "decode", keep("mel", decode)), \
+            mock.patch.object(pipe.text_encoder, "get_text_features", keep("prompt_embeds", features)), \
+            mock.patch("diffusers.schedulers.scheduling_ddim.randn_tensor",
+                       lambda shape, **kwargs: torch.from_numpy(next(draws))):
+        audio = pipe(case["prompt"], audio_length_in_s=case["height"] * 0.04, num_inference_steps=case["steps"],
+                     guidance_scale=case["guidance"], eta=case["eta"], negative_prompt=case["negative_prompt"],
+                     latents=torch.from_numpy(out["in_latents"]),
+                     callback=lambda i, t, x: steps.append(x.numpy().copy())).audios
+    mel = seen["mel"][:, 0]
+    print({name: round(float(np.std(x)), 3) for name, x in dict(latents=steps[-1], mel=mel, audio=audio).items()},
+          "cosines", np.round(seen["prompt_embeds"] @ seen["prompt_embeds"].T, 2).tolist())
+    return {**out, "prompt_embeds": seen["prompt_embeds"], "step_latents": np.stack(steps), "mel": mel, "audio": audio}
+
+
+@torch.no_grad()
+def main():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    pipe = build()
+    pipe.save_pretrained(GOLDEN / "checkpoint")
+    arrays = {f"{name}.{key}": value for name, case in CASES.items() for key, value in run(pipe, case, rng).items()}
+    np.savez_compressed(GOLDEN / "arrays.npz", **arrays)
+    tokens = [[text, pipe.tokenizer(text, truncation=True, max_length=48).input_ids] for text in TEXTS]
+    dump = dict(ensure_ascii=True, indent=0)
+    (GOLDEN / "tokens.json").write_text(json.dumps(tokens, **dump) + "\n")
+    (GOLDEN / "cases.json").write_text(json.dumps(CASES, **dump) + "\n")
+    versions = dict(python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__,
+                    transformers=transformers.__version__, numpy=np.__version__)
+    (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main()

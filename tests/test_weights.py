@@ -1,0 +1,196 @@
+"""Checkpoints as they occur: dtypes, shards, weight norm, damage; and the exact size of the published architecture."""
+import json
+import math
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, golden_config
+from safetensors.numpy import load_file, save_file
+
+import musicldm
+import weights
+from weights import InputError
+
+VOCODER = "vocoder/model.safetensors"
+BUFFERS = ("vocoder.mean", "vocoder.scale", "running_mean", "running_var")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return pathlib.Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
+
+
+def load(folder):
+    return weights.load_params(musicldm.load_config(musicldm.DEFAULT_CONFIG, folder))
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value.asnumpy())]
+
+
+def assert_same(tree, expected, tolerance=0.0):
+    tree, expected = dict(leaves(tree)), dict(leaves(expected))
+    assert tree.keys() == expected.keys()
+    assert all(np.allclose(tree[name], expected[name], rtol=tolerance, atol=tolerance / 100) for name in tree)
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    save_file(change(dict(tensors)), path)
+
+
+def test_parameter_counts_of_the_published_architecture():
+    shapes = weights.param_shapes(musicldm.load_config(musicldm.DEFAULT_CONFIG, "random"))
+    counts = {model: sum(math.prod(shape) for name, shape in tensors.items() if not f"{model}.{name}".endswith(BUFFERS))
+              for model, tensors in shapes.items()}
+    assert counts == {"unet": 185_036_552, "vae": 55_376_873, "vocoder": 55_264_897, "text_encoder": 193_913_882}
+    assert shapes["vocoder"]["mean"] == shapes["vocoder"]["scale"] == (64,)
+
+
+def test_tree_has_the_names_of_the_file(params):
+    for model, name in weights.MODELS.items():
+        stored = load_file(GOLDEN / "checkpoint" / model / f"{name}.safetensors")
+        assert {path for path, _ in leaves(params[model])} == {key for key in stored if stored[key].dtype == np.float32}
+    assert np.array_equal(params["unet"]["down_blocks.1"]["attentions.0"]["transformer_blocks.0"]["ff"]["net.0.proj"]["bias"],
+                          load_file(GOLDEN / "checkpoint/unet/diffusion_pytorch_model.safetensors")
+                          ["down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj.bias"])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float16, 1e-3), (np.float64, 0)])
+def test_other_float_types(checkpoint, params, dtype, tolerance):
+    rewrite(checkpoint / VOCODER, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()})
+    assert_same(load(checkpoint)["vocoder"], params["vocoder"], tolerance)
+
+
+def test_bfloat16(checkpoint, params):
+    """The file is written by hand from the format's description, as NumPy has no bfloat16."""
+    tensors, header, data = load_file(checkpoint / VOCODER), {}, b""
+    for name, x in tensors.items():
+        bits = (np.ascontiguousarray(x).view(np.uint32) >> 16).astype("<u2").tobytes()
+        header[name] = {"dtype": "BF16", "shape": list(x.shape), "data_offsets": [len(data), len(data) + len(bits)]}
+        data += bits
+    text = json.dumps(header).encode()
+    (checkpoint / VOCODER).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert_same(load(checkpoint)["vocoder"], params["vocoder"], 2 ** -7)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_weight_norm_is_folded(checkpoint, params, index):
+    def split(tensors):
+        g_name, v_name = weights.WEIGHT_NORM[index]
+        for name in [name for name in tensors if name.endswith(".weight")]:
+            x, stem = tensors.pop(name), name[:-len("weight")]
+            length = np.linalg.norm(x.reshape(len(x), -1), axis=1).reshape(-1, *[1] * (x.ndim - 1))
+            tensors |= {stem + g_name: length, stem + v_name: x * 3}
+        return tensors
+
+    rewrite(checkpoint / VOCODER, split)
+    assert_same(load(checkpoint)["vocoder"], params["vocoder"], 1e-5)
+
+
+def test_shards_with_an_index(checkpoint, params):
+    path = checkpoint / VOCODER
+    tensors = load_file(path)
+    path.unlink()
+    parts = {"model-00001-of-00002.safetensors": list(tensors)[::2], "model-00002-of-00002.safetensors": list(tensors)[1::2]}
+    for name, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, path.with_name(name))
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load(checkpoint)["vocoder"], params["vocoder"])
+    path.with_name("model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors is missing"):
+        load(checkpoint)
+
+
+def test_random_params_are_seeded_and_shaped(params):
+    cfg = golden_config()
+    first, second, other = (weights.random_params(cfg, seed) for seed in (3, 3, 4))
+    assert_same(first, second)
+    shapes = [{name: x.shape for name, x in leaves(tree)} for tree in (first, params)]
+    assert shapes[0] == shapes[1]
+    assert not np.array_equal(first["unet"]["conv_in"]["weight"].asnumpy(), other["unet"]["conv_in"]["weight"].asnumpy())
+
+
+def changed(key, value):
+    def change(checkpoint):
+        path = checkpoint / key.split(":")[0]
+        config = json.loads(path.read_text())
+        node = config
+        *sections, name = key.split(":")[1].split(".")
+        for section in sections:
+            node = node[section]
+        node[name] = value
+        path.write_text(json.dumps(config))
+    return change
+
+
+def damaged(path, change):
+    return lambda checkpoint: rewrite(checkpoint / path, change)
+
+
+def without(*names):
+    return lambda tensors: {name: x for name, x in tensors.items() if name not in names}
+
+
+def replaced(name, value):
+    return lambda tensors: {**tensors, name: value}
+
+
+def cut(path, keep):
+    return lambda checkpoint: (checkpoint / path).write_bytes((checkpoint / path).read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda c: shutil.rmtree(c), "no folder .*valid: a folder in diffusers' layout, a hub id"),
+    (lambda c: shutil.rmtree(c / "unet"), "is incomplete, missing: .*unet/config.json"),
+    (lambda c: (c / "tokenizer/merges.txt").unlink(), "missing: .*merges.txt"),
+    (lambda c: (c / VOCODER).unlink(), "vocoder/model.safetensors is missing"),
+    (lambda c: (c / "unet/config.json").write_text("{"), "cannot read .*unet/config.json"),
+    (lambda c: (c / "unet/config.json").write_text("[1]"), "must hold a JSON object"),
+    (lambda c: (c / "tokenizer/vocab.json").write_text('{"<s>": 0}'), "lacks the tokens <pad>"),
+    (cut(VOCODER, -4), "cannot read .*vocoder/model.safetensors"), (cut(VOCODER, 100), "cannot read .*vocoder"),
+    (cut(VOCODER, 0), "cannot read .*vocoder"),
+    (damaged(VOCODER, without("conv_pre.bias", "upsampler.1.weight")), "2 missing: conv_pre.bias, upsampler.1.weight"),
+    (damaged(VOCODER, replaced("extra.weight", np.ones(3, np.float32))), "1 unexpected: extra.weight"),
+    (damaged(VOCODER, replaced("conv_pre.bias", np.ones(3, np.float32))), r"conv_pre.bias \(3,\) instead of \(24,\)"),
+    (damaged(VOCODER, replaced("conv_pre.bias", np.ones(24, np.int64))), r"not floating-point: conv_pre.bias \(I64\)"),
+    (damaged(VOCODER, replaced("conv_pre.bias", np.full(24, np.nan, np.float32))), "vocoder: conv_pre.bias holds NaN or Inf"),
+    (changed("unet/config.json:act_fn", "relu"), "act_fn is 'relu'; implemented: 'silu'"),
+    (changed("scheduler/scheduler_config.json:prediction_type", "v_prediction"), "implemented: 'epsilon'"),
+    (changed("text_encoder/config.json:text_config.hidden_act", "relu"), "hidden_act is 'relu'"),
+    (changed("vae/config.json:scaling_factor", "big"), "vae.scaling_factor is 'big'; valid: a finite number"),
+])
+def test_unusable_checkpoints(checkpoint, damage, message):
+    damage(checkpoint)
+    with pytest.raises(InputError, match=message) as error:
+        load(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_everything_wrong_is_listed_at_once(checkpoint):
+    rewrite(checkpoint / VOCODER, without("conv_pre.bias"))
+    rewrite(checkpoint / "unet/diffusion_pytorch_model.safetensors", without("conv_out.bias", "conv_in.weight"))
+    with pytest.raises(InputError, match="unet.*2 missing: conv_in.weight, conv_out.bias.*vocoder.*missing: conv_pre.bias"):
+        load(checkpoint)
+
+
+def test_checkpoint_config_is_below_overrides_and_above_the_file(checkpoint):
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint, ["vae.scaling_factor=2"])
+    assert cfg["vae"]["scaling_factor"] == 2.0 and cfg["vae"]["layers_per_block"] == 1
+    assert cfg["unet"]["block_out_channels"] == [12, 8, 12, 16] and cfg["sampling"]["num_inference_steps"] == 200
+
+
+def test_a_hub_id_without_huggingface_hub_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="pip install huggingface_hub.*unet/config.json"):
+        musicldm.load_config(musicldm.DEFAULT_CONFIG, "ucsd-reach/musicldm")
+
+
+def test_native_layout_is_the_files_own():
+    weight = np.arange(2 * 3 * 3 * 3, dtype=np.float32).reshape(2, 3, 3, 3)
+    assert np.array_equal(weights.lay_out("conv1.weight", weight, {}, native=True), weight)
+    assert weights.lay_out("conv_pre.weight", weight[0], {}, native=True).shape == (3, 3, 3, 1)
