@@ -11,6 +11,7 @@ import numbers
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -428,7 +429,7 @@ def ddim(eps_fn, x, timesteps, alphas, final_alpha, *, eta=0.0, noise=None):
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 def to_tensor(cfg, array):
-    return Tensor(np.ascontiguousarray(array, np.float32), getattr(mindspore, cfg["dtype"]))
+    return Tensor(np.ascontiguousarray(array, np.float32), checkpoints.tensor_dtype(cfg))
 
 
 def to_numpy(tensor):
@@ -704,4 +705,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
     sys.exit(main())

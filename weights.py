@@ -7,6 +7,7 @@ joined by dots, is its name in the file. A number stays with the word before it 
 """
 import json
 import math
+import os
 import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -435,10 +436,23 @@ def use_device(cfg):
     return cfg["device"]
 
 
+def tensor_dtype(cfg):
+    """The MindSpore dtype that cfg["dtype"] means on cfg["device"].
+
+    MindSpore has no bfloat16 arithmetic on a CPU. There it means float32 tensors which oneDNN 3 (MindSpore 2.9 and
+    later) multiplies in bfloat16 if the processor has AMX; oneDNN reads the wish once, at the process's first product.
+    """
+    if cfg["dtype"] == "bfloat16" and use_device(cfg) == "CPU":
+        os.environ.setdefault("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+        return mindspore.float32
+    return getattr(mindspore, cfg["dtype"])
+
+
 def to_tensor(name, array, cfg, native):
     array = np.ascontiguousarray(lay_out(name, array, cfg, native))
     tensor = Tensor.from_numpy(array)  # shares the memory: what is laid out as in the file stays mapped from it
-    return tensor if cfg["dtype"] == "float32" else tensor.astype(getattr(mindspore, cfg["dtype"]))
+    dtype = tensor_dtype(cfg)
+    return tensor if dtype == tensor.dtype else tensor.astype(dtype)
 
 
 def random_params(cfg, seed):

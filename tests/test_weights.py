@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_config
+from conftest import GOLDEN, golden_config, relative_error
 from safetensors.numpy import load_file, save_file
 
 import musicldm
@@ -194,3 +194,13 @@ def test_native_layout_is_the_files_own():
     weight = np.arange(2 * 3 * 3 * 3, dtype=np.float32).reshape(2, 3, 3, 3)
     assert np.array_equal(weights.lay_out("conv1.weight", weight, {}, native=True), weight)
     assert weights.lay_out("conv_pre.weight", weight[0], {}, native=True).shape == (3, 3, 3, 1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-2), ("bfloat16", 5e-2)])
+def test_half_precision(params, dtype, tolerance):
+    """bfloat16 on a CPU is float32 unless the processor has AMX: the bound is for the case that it has."""
+    cfg = golden_config(f"dtype={dtype}")
+    half, mel = weights.load_params(cfg), np.random.default_rng(0).standard_normal((1, 16, 16)).astype(np.float32)
+    result = musicldm.vocode(cfg, half, mel)
+    assert result.dtype == np.float32
+    assert relative_error(result, musicldm.vocode(golden_config(), params, mel)) < tolerance
