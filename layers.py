@@ -1,9 +1,9 @@
 """The leaves and blocks that MusicLDM's models are built from, as pure MindSpore functions.
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
-sequence, C channels, I and O channels into and out of a layer, K taps of a convolution, G groups.
-Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C); a leaf returns its input's dtype.
-Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its `weight` and
+sequence, C channels, I and O channels into and out of a layer, K taps of a convolution.
+Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C). A leaf returns its input's
+dtype. Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its `weight` and
 `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
 """
 import numpy as np
@@ -32,10 +32,12 @@ def tap_rows(size, out_size, kernel, stride, dilation, padding, scale):
     """For each output position and tap of a convolution, the row of the flattened (H * W, C) input that it multiplies.
 
     All but `scale` are pairs (height, width). Row H * W stands for the zeros outside the image. `scale` 2 reads the
-    image as if its pixels were doubled in both directions and it was cut to out_size. Returns int32 (H_out * W_out * K,).
+    image as if its pixels were doubled in both directions and it was cut to out_size.
+    Returns an int32 Tensor (H_out * W_out * K,).
     """
     def along(axis):
-        place = np.arange(out_size[axis])[:, None] * stride[axis] + np.arange(kernel[axis]) * dilation[axis] - padding[axis]
+        place = np.arange(out_size[axis])[:, None] * stride[axis] - padding[axis]
+        place = place + np.arange(kernel[axis]) * dilation[axis]
         return place // scale, (place >= 0) & (place < (size if scale == 1 else out_size)[axis])
 
     (y, y_inside), (x, x_inside) = along(0), along(1)
@@ -140,15 +142,15 @@ def group_norm(x, weight, bias, *, groups, eps):
     rows = x.reshape(n, h * w, c).astype(float32)
     over_positions, over_group = averages(n, h * w, c, groups)
     mean = ops.MatMul()(ops.BatchMatMul()(over_positions, rows).reshape(n, c), over_group)
-    square = ops.MatMul()(ops.BatchMatMul()(over_positions, rows * rows).reshape(n, c), over_group)
-    scale = weight * ops.rsqrt(square - mean * mean + eps)
-    shift = bias - mean * scale
-    rows = rows * stretched(scale.reshape(n, 1, c), rows.shape) + stretched(shift.reshape(n, 1, c), rows.shape)
-    return rows.astype(x.dtype).reshape(n, h, w, c)
+    rows = rows - stretched(mean.reshape(n, 1, c), rows.shape)
+    variance = ops.MatMul()(ops.BatchMatMul()(over_positions, rows * rows).reshape(n, c), over_group)
+    scale = weight * ops.rsqrt(variance + eps)
+    rows = (rows * stretched(scale.reshape(n, 1, c), rows.shape)).reshape(-1, c).astype(x.dtype)
+    return ops.bias_add(rows, bias).reshape(n, h, w, c)
 
 
 def layer_norm(x, weight, bias, *, eps):
-    """x (..., C), normalised over C."""
+    """x (..., C), normalised over C (Ba et al., 2016)."""
     return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
 
 
@@ -158,11 +160,12 @@ def gelu(x):
 
 
 def tanh(x):
-    """By the sigmoid: MindSpore's own tanh is off by up to 1e-4 on a CPU, and passes 1."""
+    """Elementwise, by the sigmoid: MindSpore's own tanh is off by up to 1e-4 on a CPU, and passes 1."""
     return ops.sigmoid(x * 2) * 2 - 1
 
 
 def leaky_relu(x, slope):
+    """x where it is positive, x * slope (0 to 1) elsewhere."""
     return ops.maximum(x, x * slope)
 
 
@@ -189,7 +192,10 @@ def attention(x, p, *, heads):
 
 
 def transformer_block(x, p, *, heads):
-    """diffusers' BasicTransformerBlock, x (N, L, C). There is no text sequence: attn2 attends to x as attn1 does."""
+    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N, L, C).
+
+    There is no text sequence, so attn2 attends to x as attn1 does.
+    """
     x = x + attention(layer_norm(x, **p["norm1"], eps=1e-5), p["attn1"], heads=heads)
     x = x + attention(layer_norm(x, **p["norm2"], eps=1e-5), p["attn2"], heads=heads)
     hidden, gate = ops.chunk(linear(layer_norm(x, **p["norm3"], eps=1e-5), **p["ff"]["net.0.proj"]), 2, -1)
@@ -197,7 +203,7 @@ def transformer_block(x, p, *, heads):
 
 
 def spatial_transformer(x, p, *, heads, groups):
-    """diffusers' Transformer2DModel: x (N, H, W, C), attended to as H * W positions."""
+    """diffusers' Transformer2DModel (norm's eps 1e-6): x (N, H, W, C), attended to as H * W positions."""
     n, h, w, c = x.shape
     y = linear(group_norm(x, **p["norm"], groups=groups, eps=1e-6), **p["proj_in"]).reshape(n, h * w, c)
     y = transformer_block(y, p["transformer_blocks.0"], heads=heads)
@@ -205,7 +211,7 @@ def spatial_transformer(x, p, *, heads, groups):
 
 
 def image_attention(x, p, *, groups):
-    """The VAE's attention block, one head over all positions: x (N, H, W, C)."""
+    """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N, H, W, C)."""
     n, h, w, c = x.shape
     y = group_norm(x, **p["group_norm"], groups=groups, eps=1e-6).reshape(n, h * w, c)
     return x + attention(y, p, heads=1).reshape(n, h, w, c)

@@ -5,6 +5,7 @@ VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
 """
 import argparse
 import difflib
+import functools
 import io
 import math
 import numbers
@@ -35,6 +36,7 @@ CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "flo
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf)}
+FORMATS = (".wav", ".flac", ".ogg")
 ARRAYS_AND_CALLBACKS = ("latents", "noise", "callback")  # options of generate() that a config file cannot hold
 
 
@@ -46,57 +48,51 @@ def unknown(kind, name, valid):
     return InputError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}")
 
 
+def fits(value, like):
+    """Whether `value` has the type of `like`; an integer passes for a float, and a list is not empty."""
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(like, bool) and isinstance(value, bool)
+    if isinstance(like, int):
+        return isinstance(value, numbers.Integral)
+    if isinstance(like, float):
+        return isinstance(value, numbers.Real) and -1e30 < value < 1e30  # neither NaN nor Inf
+    if isinstance(like, list):
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(fits(item, like[0]) for item in value)
+    return isinstance(value, type(like))
+
+
 def checked_value(name, value, default):
     """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
-    def fits(value, like):
-        if isinstance(like, bool) or isinstance(value, bool):
-            return isinstance(like, bool) and isinstance(value, bool)
-        if isinstance(like, int):
-            return isinstance(value, numbers.Integral)
-        if isinstance(like, float):
-            return isinstance(value, numbers.Real) and math.isfinite(value)
-        if isinstance(like, (list, tuple)):
-            return isinstance(value, (list, tuple)) and all(fits(item, like[0]) for item in value)
-        return isinstance(value, type(like))
-
-    def wrong(valid):
-        return InputError(f"{name} is {value!r}; valid: {valid}")
-
-    if isinstance(default, float) and isinstance(value, str):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-5 as text
-        except ValueError:
-            pass
+    if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-5 as text
     if name == "sampling.negative_prompt":
-        if value is not None and not isinstance(value, str) and not (
-                isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
-            raise wrong("null, a text, or a list of texts, one a prompt")
+        valid, ok = "null, a text, or a list of texts, one a prompt", value is None or fits(value, "") or fits(value, [""])
     elif name == "unet.attention_head_dim":
-        if not fits(value, 8) and not fits(value, [8]):
-            raise wrong("an integer, or a list of one a level")
-    elif not fits(value, default):
+        valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
+    else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
-        raise wrong(f"{kind[type(default)]}, such as {default!r}")
-    elif isinstance(default, float):
-        value = float(value)
-    if name in CHOICES and value not in CHOICES[name]:
-        raise wrong(", ".join(CHOICES[name]))
-    if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+        valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
+    if ok and name in CHOICES:
+        valid, ok = ", ".join(CHOICES[name]), value in CHOICES[name]
+    if ok and name in RANGES:
         low, high = RANGES[name]
-        raise wrong(f"{low} or more" if high == math.inf else f"{low} to {high}")
-    return value
+        valid, ok = f"{low} or more" if high == math.inf else f"{low} to {high}", low <= value <= high
+    if not ok:
+        raise InputError(f"{name} is {value!r}; valid: {valid}")
+    return float(value) if isinstance(default, float) else value
 
 
 def merged(base, new, prefix=""):
     """`base` with the values of `new`, an equally nested dict, checked against it; neither is changed."""
     if not isinstance(new, dict):
-        raise InputError(f"{prefix.rstrip('.') or 'the configuration'} is {new!r}; valid: a mapping of {', '.join(base)}")
+        name = prefix.rstrip(".") or "the configuration"
+        raise InputError(f"{name} is {new!r}; valid: a mapping of {', '.join(base)}")
     result = dict(base)
     for key, value in new.items():
         if key not in base:
             raise unknown("config key", f"{prefix}{key}", [prefix + name for name in base])
-        check = merged if isinstance(base[key], dict) else lambda base, value, name: checked_value(name, value, base)
-        result[key] = check(base[key], value, f"{prefix}{key}" + ("." if isinstance(base[key], dict) else ""))
+        result[key] = (merged(base[key], value, f"{prefix}{key}.") if isinstance(base[key], dict)
+                       else checked_value(f"{prefix}{key}", value, base[key]))
     return result
 
 
@@ -106,16 +102,34 @@ def known_part(stated, base):
             for key, value in base.items() if key in stated}
 
 
+def parse_yaml(text, where):
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise ValueError
+        raise InputError(f"{where}: {checkpoints.one_line(error)}") from None
+
+
 def read_yaml(path):
     try:
-        return yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise InputError(f"config: no file {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config: cannot read {path}: {checkpoints.one_line(error)}") from None
+    tree = parse_yaml(text, f"config: cannot read {path}")
+    return {} if tree is None else tree
 
 
-def load_config(path="config.yaml", weights=None, overrides=()):
+def parse_override(text):
+    """ "unet.norm_eps=1" -> {"unet": {"norm_eps": 1}}."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"override {text!r}; valid: key=value, such as sampling.seed=3")
+    tree = parse_yaml(value, f"override {text!r}")
+    for key in reversed(name.strip().split(".")):
+        tree = {key: tree}
+    return tree
+
+
+def load_config(path=DEFAULT_CONFIG, weights=None, overrides=()):
     """The configuration as a nested plain dict: the file, below the checkpoint's own config.json, below `overrides`.
 
     path: a YAML file; keys it leaves out have the values of the config.yaml beside this module
@@ -123,29 +137,14 @@ def load_config(path="config.yaml", weights=None, overrides=()):
     overrides: texts like "sampling.seed=3", the value in YAML
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
-    cfg = merged(read_yaml(DEFAULT_CONFIG), {})
-    cfg = merged(cfg, read_yaml(path))
-    changes = {}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"override {text!r}; valid: key=value, such as sampling.seed=3")
-        *sections, key = name.strip().split(".")
-        node = changes
-        for section in sections:
-            node = node.setdefault(section, {})
-        try:
-            node[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"override {text!r}: {checkpoints.one_line(error)}") from None
-    if weights is not None:
-        changes["weights"] = str(weights)
-    cfg["weights"] = checkpoints.find_weights(merged(cfg, changes)["weights"])
-    changes.pop("weights", None)
-    if cfg["weights"] != checkpoints.RANDOM:
-        stated = checkpoints.read_config_files(cfg["weights"])
+    changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
+    cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
+    folder = checkpoints.find_weights(functools.reduce(merged, changes, cfg)["weights"])
+    if folder != checkpoints.RANDOM:
+        stated = checkpoints.read_config_files(folder)
         cfg = merged(cfg, {section: known_part(stated[section], cfg[section]) for section in stated})
-    cfg = merged(cfg, changes)
+    cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
+    checkpoints.check_architecture(cfg)
     load_vocabulary(cfg)  # refused now rather than when the first prompt is read
     return cfg
 
@@ -433,7 +432,7 @@ def to_tensor(cfg, array):
 
 
 def to_numpy(tensor):
-    return tensor.astype(mindspore.float32).asnumpy()
+    return tensor.astype(mindspore.float32).asnumpy().copy()  # asnumpy shares the tensor's memory
 
 
 def encode_prompt(cfg, params, prompts):
@@ -443,7 +442,7 @@ def encode_prompt(cfg, params, prompts):
     # RoBERTa counts positions over what is not padding, from pad_token_id + 1
     real = ids != text["pad_token_id"]
     positions = np.cumsum(real, axis=1) * real + text["pad_token_id"]
-    bias = np.where(mask, 0, np.finfo(np.float16).min)[:, None, None]
+    bias = np.where(mask, 0, -1e4)[:, None, None]  # exp() of it is 0 in float32
     p = params["text_encoder"]
     x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
                            mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))
@@ -470,16 +469,14 @@ def clip_size(cfg, seconds):
     return samples, (cfg["unet"]["in_channels"], math.ceil(samples / hop / factor), cfg["vocoder"]["model_in_dim"] // factor)
 
 
-def standard_normal(seed, draw, n, size):
-    """(n, *size) float32 of unit normal noise, the same for each of the n prompts; `draw` counts the draws of a run."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(draw,)))
-    return np.broadcast_to(rng.standard_normal(size, np.float32), (n, *size))
+def standard_normal(seed, draw, prompts, size):
+    """The unit normal noise of one draw of a run, float32 (n, *size), a stream for each waveform.
 
-
-def heads_by_level(unet_cfg):
-    """Attention heads at each level; diffusers calls their number attention_head_dim."""
-    heads = unet_cfg["attention_head_dim"]
-    return tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * len(unet_cfg["block_out_channels"])
+    Every prompt has the same stream wherever it stands among others; its repetitions have the next ones.
+    """
+    streams = [np.random.SeedSequence(seed, spawn_key=(prompts[:i].count(prompt), draw))
+               for i, prompt in enumerate(prompts)]
+    return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
 
 
 def checked_array(name, value, shape):
@@ -510,11 +507,16 @@ def checked_options(cfg, options, n):
     for name in options:
         if name not in valid:
             raise unknown("option", name, valid)
-    sampling = {name: checked_value(f"sampling.{name}", options.get(name, value), value)
-                for name, value in cfg["sampling"].items()}
+    defaults = read_yaml(DEFAULT_CONFIG)["sampling"]
+    sampling = {name: checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
+                for name, default in defaults.items()}
+    if sampling["num_inference_steps"] > cfg["schedule"]["num_train_timesteps"]:
+        raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid: up to "
+                         f"schedule.num_train_timesteps, {cfg['schedule']['num_train_timesteps']}")
     negative = sampling["negative_prompt"]
     if isinstance(negative, (list, tuple)) and len(negative) != n:
-        raise InputError(f"negative_prompt is a list of {len(negative)}; valid: one text, or one for each of the {n} prompts")
+        raise InputError(f"negative_prompt is a list of {len(negative)}; valid: one text, or one for each of the {n} "
+                         "prompts")
     checked_prompts(negative or "")
     return sampling
 
@@ -528,7 +530,8 @@ def generate(cfg, prompt, params=None, **options):
         noise: what eta > 0 mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
         callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...
     With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents.
-    Every waveform's noise is drawn from `seed` alone, so a prompt gives the same music alone and among others.
+    A waveform's noise follows from `seed` alone, so a prompt gives the same music alone and among others; a prompt that
+    is repeated gives other music each time.
     Raises InputError for unusable arguments or weights, before any model runs, and for a result that is not finite.
     """
     prompts = checked_prompts(prompt)
@@ -539,20 +542,21 @@ def generate(cfg, prompt, params=None, **options):
         raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
     samples, size = clip_size(cfg, sampling["audio_length_in_s"])
     x, noise = options.get("latents"), options.get("noise")
-    x = standard_normal(sampling["seed"], 0, n, size) if x is None else checked_array("latents", x, (n, *size))
-    noise = (standard_normal(sampling["seed"], i + 1, n, size) for i in range(steps)) if noise is None else iter(
+    x = standard_normal(sampling["seed"], 0, prompts, size) if x is None else checked_array("latents", x, (n, *size))
+    noise = (standard_normal(sampling["seed"], i + 1, prompts, size) for i in range(steps)) if noise is None else iter(
         checked_array("noise", noise, (steps, n, *size)))
     if params is None:
         params = checkpoints.load_params(cfg)
 
-    embeds = encode_prompt(cfg, params, prompts)
+    texts = prompts
     if sampling["guidance_scale"] > 1:
         negative = sampling["negative_prompt"] or ""
-        away = encode_prompt(cfg, params, [negative] if isinstance(negative, str) else list(negative))
-        embeds = np.concatenate([np.broadcast_to(away, embeds.shape), embeds])
+        texts = ([negative] * n if isinstance(negative, str) else list(negative)) + prompts
+    distinct = list(dict.fromkeys(texts))
+    embeds = encode_prompt(cfg, params, distinct)[[distinct.index(text) for text in texts]]
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     unet_params, unet_cfg = mindspore.mutable(params["unet"]), frozen(cfg["unet"])
-    unet_cfg["attention_head_dim"] = heads_by_level(cfg["unet"])
+    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
     channels = cfg["unet"]["block_out_channels"][0]
 
     def eps_fn(x, t):
@@ -581,32 +585,38 @@ def generate(cfg, prompt, params=None, **options):
 def output_paths(out, n, samples):
     """One path, or n numbered ones; an InputError now if n clips could not be written there when they are ready."""
     path = pathlib.Path(out)
-    if not soundfile.check_format(path.suffix[1:] or "none"):
-        known = ", ".join(f".{name.lower()}" for name in soundfile.available_formats())
-        raise InputError(f"--out {out}: soundfile cannot write {path.suffix!r}; valid endings: {known}")
-    if path.is_dir() or not path.parent.is_dir():
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"--out {out}: unknown format {path.suffix!r}; valid endings: {', '.join(FORMATS)}")
+    paths = [path] if n == 1 else [path.with_name(f"{path.stem}_{i + 1}{path.suffix}") for i in range(n)]
+    if any(os.path.isdir(path) for path in paths) or not os.path.isdir(path.parent):
         raise InputError(f"--out {out}: valid is a file name in a folder that exists")
+    if len(os.fsencode(paths[-1].name)) > 240:
+        raise InputError(f"--out {out}: the file name is too long; valid: up to 240 bytes")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as file:  # has no name, so that nothing can be left behind
             file.write(bytes(2 * n * samples))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    return [path] if n == 1 else [path.with_name(f"{path.stem}_{i + 1}{path.suffix}") for i in range(n)]
+    return paths
 
 
-def write_audio(path, audio, rate):
-    """The whole file or none: encoded in memory, written beside `path` under another name, then renamed."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, audio, rate, format=path.suffix[1:])
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_audio(paths, audio, rate):
+    """Every waveform or none: encoded and written beside its path under another name, and then all are renamed."""
+    parts = [path.with_name(f".{os.getpid()}.{i}.part") for i, path in enumerate(paths)]
     try:
-        with open(part, "xb") as file:
-            file.write(buffer.getvalue())
-        os.replace(part, path)
+        for path, part, waveform in zip(paths, parts, audio):
+            buffer = io.BytesIO()
+            with soundfile.SoundFile(buffer, "w", rate, 1, format=path.suffix[1:]) as file:
+                for start in range(0, len(waveform), 10 * rate):  # libsndfile crashes on 3 minutes of ogg at once
+                    file.write(waveform[start:start + 10 * rate])
+            part.write_bytes(buffer.getvalue())
+        for path, part in zip(paths, parts):
+            os.replace(part, path)
     except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
+        raise InputError(f"--out {paths[0]}: cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def progress_line(steps):
@@ -616,9 +626,10 @@ def progress_line(steps):
 
     def report(step, timestep, latents):
         times.append(time.perf_counter() - start)
-        # the first step compiles the graph: it does not tell what the others take
+        # the first step also compiles the graph: it does not tell what the others take
         each = (times[-1] - times[0]) / step if step else times[0]
-        text = f"step {step + 1}/{steps}  {each:.2f} s a step  {each * (steps - step - 1):.0f} s left"
+        left = f"  {each * (steps - step - 1):.0f} s left" if step else ""
+        text = f"step {step + 1}/{steps}  {each:.2f} s a step{left}"
         print(f"\r{text}\033[K" if live else text, end="\n" if not live or step + 1 == steps else "", file=sys.stderr,
               flush=True)
 
@@ -629,10 +640,10 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            text = pathlib.Path(args.prompts_file).read_text(encoding="utf-8")
+            text = pathlib.Path(args.prompts_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts-file {args.prompts_file}: {checkpoints.one_line(error)}") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise InputError("no prompt; valid: --prompt TEXT, once or more, or --prompts-file FILE with a prompt a line")
     return checked_prompts(prompts)
@@ -653,7 +664,8 @@ def parse_arguments(argv):
     for flag, key in shortcuts.items():
         parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
                             type=lambda value, key=key: f"{key}={value}")
-    parser.add_argument("--set", dest="set", action="append", default=[], metavar="KEY=VALUE", help="any other config key")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any other config key")
+    parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
     parser.add_argument("--weights", metavar="DIR|HUB-ID|random", help="checkpoint folder, hub id or random weights")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
     parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending")
@@ -665,13 +677,12 @@ def run(argv):
     start = time.perf_counter()
     args = parse_arguments(argv)
     say = (lambda *values: None) if args.quiet else lambda *values: print(*values, flush=True)
-    warnings.showwarning = lambda message, *_: print(f"musicldm: warning: {message}", file=sys.stderr)
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set)
     options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     sampling = checked_options(cfg, options, len(prompts))
     if sampling["output_type"] != "np":
-        raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio, valid: 'np'")
+        raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
     seconds, rate = sampling["audio_length_in_s"], cfg["vocoder"]["sampling_rate"]
     paths = output_paths(args.out, len(prompts), clip_size(cfg, seconds)[0])
 
@@ -684,8 +695,8 @@ def run(argv):
     if not args.quiet:
         options |= {"callback": progress_line(sampling["num_inference_steps"]), "callback_steps": 1}
     audio = generate(cfg, prompts, params, **options)
+    write_audio(paths, audio, rate)
     for path, waveform in zip(paths, audio):
-        write_audio(path, waveform, rate)
         say(f"{path}  {len(waveform) / rate:.2f} s")
     took = time.perf_counter() - start
     say(f"{took:.1f} s in all, {took / (audio.size / rate):.2f} s for each second of audio")
@@ -694,7 +705,10 @@ def run(argv):
 def main(argv=None):
     """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C."""
     try:
-        run(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"musicldm: warning: {message}", file=sys.stderr)
+            run(argv)
     except InputError as error:
         print(f"musicldm: error: {error}", file=sys.stderr)
         return 2

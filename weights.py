@@ -38,11 +38,13 @@ IMPLEMENTED = {
              "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1, "downsample_padding": 1,
              "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
              "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "encoder_hid_dim": None,
-             "addition_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3},
+             "addition_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "resnet_out_scale_factor": 1.0,
+             "mid_block_scale_factor": 1, "resnet_skip_time_act": False, "time_embedding_act_fn": None,
+             "timestep_post_act": None, "cross_attention_norm": None, "attention_type": "default"},
     "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
             "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "vocoder": {},
-    "schedule": {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "schedule": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
                  "clip_sample": False, "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
 }
 
@@ -55,7 +57,7 @@ class InputError(ValueError):
 
 def find_weights(weights):
     """A folder path, a Hugging Face hub id or "random" -> the folder as str, or "random". Hub files are fetched."""
-    if weights == RANDOM or pathlib.Path(weights).is_dir():
+    if weights == RANDOM or os.path.isdir(weights):
         return weights
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
         raise InputError(f"weights: no folder {weights!r}; valid: a folder in diffusers' layout, a hub id "
@@ -89,7 +91,7 @@ def read_config_files(folder):
     """The architecture that a checkpoint states: {section: its config.json}, refused if it is not implemented here."""
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
     missing = [str(path) for path in [*paths.values(), *(pathlib.Path(folder) / name for name in TOKENIZER_FILES)]
-               if not path.is_file()]
+               if not os.path.isfile(path)]
     if missing:
         raise InputError(f"weights: {folder} is incomplete, missing: {', '.join(missing)}")
     files = {section: read_json(path) for section, path in paths.items()}
@@ -104,6 +106,61 @@ def read_config_files(folder):
             if stated.get(key, value) != value:
                 raise InputError(f"weights: {paths[section]}: {key} is {stated[key]!r}; implemented: {value!r}")
     return files
+
+
+def heads_by_level(unet_cfg):
+    """Attention heads at each level, a tuple; diffusers calls their number attention_head_dim."""
+    heads = unet_cfg["attention_head_dim"]
+    return tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * len(unet_cfg["block_out_channels"])
+
+
+def check_architecture(cfg):
+    """Refuse numbers that cannot be a network: an InputError that names them and says what would fit."""
+    text, audio = cfg["text_encoder"]["text_config"], cfg["text_encoder"]["audio_config"]
+    unet, vae, vocoder, schedule = cfg["unet"], cfg["vae"], cfg["vocoder"], cfg["schedule"]
+    channels, heads = unet["block_out_channels"], heads_by_level(unet)
+
+    def positive(section, prefix):
+        for name, value in section.items():
+            numbers = np.ravel(sum(value, []) if isinstance(value, list) and isinstance(value[0], list) else value)
+            if numbers.dtype.kind in "if" and not (numbers > 0).all():
+                yield f"{prefix}.{name} is {value}; valid: above 0"
+
+    def rules():
+        yield from positive({**text, "pad_token_id": 1}, "text_encoder.text_config")
+        yield from positive(audio, "text_encoder.audio_config")
+        for section in ("unet", "vae", "vocoder"):
+            yield from positive(cfg[section], section)
+        for name in ("down_block_types", "up_block_types"):
+            if len(unet[name]) != len(channels):
+                yield f"unet.{name} has {len(unet[name])} entries; valid: one for each of block_out_channels"
+        if len(heads) != len(channels):
+            yield f"unet.attention_head_dim has {len(heads)} entries; valid: one for each of block_out_channels"
+        for c, h, kind in zip(channels, heads, unet["down_block_types"]):
+            if h > 0 and kind.startswith("CrossAttn") and c % h:
+                yield f"unet.attention_head_dim is {unet['attention_head_dim']}; valid: divisors of {channels}"
+        for name, section in (("unet", unet), ("vae", vae)):
+            if section["norm_num_groups"] > 0 and any(c % section["norm_num_groups"] for c in section["block_out_channels"]):
+                yield f"{name}.norm_num_groups is {section['norm_num_groups']}; valid: a divisor of block_out_channels"
+        if text["hidden_size"] % max(1, text["num_attention_heads"]):
+            yield f"text_encoder.text_config.num_attention_heads is not a divisor of hidden_size, {text['hidden_size']}"
+        if not 0 <= text["pad_token_id"] <= text["max_position_embeddings"] - 4:
+            yield f"text_encoder.text_config.pad_token_id is {text['pad_token_id']}; valid: 0 or more, below the positions"
+        if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
+                k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):
+            yield "vocoder.upsample_kernel_sizes must have an entry for each of upsample_rates, and none below it"
+        if len(vocoder["resblock_kernel_sizes"]) != len(vocoder["resblock_dilation_sizes"]):
+            yield "vocoder.resblock_dilation_sizes must have a list for each of resblock_kernel_sizes"
+        if vocoder["model_in_dim"] % 2 ** (len(vae["block_out_channels"]) - 1):
+            yield f"vocoder.model_in_dim is {vocoder['model_in_dim']}; valid: what the VAE's scale divides"
+        if not 0 < schedule["beta_start"] <= schedule["beta_end"] < 1:
+            yield "schedule.beta_start and beta_end must lie between 0 and 1 in this order"
+        if schedule["num_train_timesteps"] < 2 or not 0 <= schedule["steps_offset"] <= 1:
+            yield "schedule.num_train_timesteps must be 2 or more, and steps_offset 0 or 1"
+
+    problem = next(rules(), None)
+    if problem:
+        raise InputError(problem)
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -283,12 +340,14 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 def shard_paths(folder, model):
     path = pathlib.Path(folder) / model / f"{MODELS[model]}.safetensors"
     index = path.with_name(path.name + ".index.json")
-    if not index.is_file():
+    if not os.path.isfile(index):
         return [path]
-    try:
-        return [path.with_name(name) for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"weights: {index} has no weight_map of tensor names to files") from None
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(isinstance(name, str) and name and name == os.path.basename(name) for name in names):
+        raise InputError(f"weights: {index} must hold a weight_map of tensor names to files beside it")
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def stored_tensors(folder, model):
@@ -331,11 +390,18 @@ def find_sources(shapes, stored, where):
 
 
 def check_weights(cfg):
-    """Compare every file's tensors with `param_shapes`, all models at once, before anything is read."""
+    """Compare every file's tensors with `param_shapes` before anything is read; all that is wrong is told at once.
+
+    -> {model: (`stored_tensors`, `find_sources`)}
+    """
     checked, problems = {}, []
     for model, shapes in param_shapes(cfg).items():
-        stored = stored_tensors(cfg["weights"], model)
-        sources, problem = find_sources(shapes, stored, shard_paths(cfg["weights"], model)[0])
+        try:
+            stored = stored_tensors(cfg["weights"], model)
+        except InputError as error:
+            problems.append(str(error).removeprefix("weights: "))
+            continue
+        sources, problem = find_sources(shapes, stored, pathlib.Path(cfg["weights"]) / model)
         checked[model] = stored, sources
         problems += [problem] if problem else []
     if problems:
@@ -355,13 +421,10 @@ def fold_weight_norm(g, v):
     return (g * (v / length)).astype(np.float32)
 
 
-def read_parameter(model, name, stored, sources):
+def read_parameter(name, stored, sources):
     """One parameter, float32, in the file's layout."""
     arrays = [as_float32(stored[source]) for source in sources[name]]
-    array = arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
-    if not np.isfinite(array).all():
-        raise InputError(f"weights: {model}: {name} holds NaN or Inf")
-    return array
+    return arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- layout
@@ -431,7 +494,7 @@ def use_device(cfg):
         return current
     try:
         mindspore.set_device(cfg["device"])
-    except (RuntimeError, ValueError, TypeError):
+    except (RuntimeError, ValueError, TypeError):  # also once MindSpore has computed on another device
         raise InputError(f"device: this MindSpore has no {cfg['device']}; valid: auto, {current}") from None
     return cfg["device"]
 
@@ -465,16 +528,23 @@ def random_params(cfg, seed):
 def load_params(cfg):
     """{model: nested dict of Tensors} from the folder cfg["weights"], or `random_params` with seed 0 for "random".
 
+    Tensors may stay mapped from the files: leave those unchanged while the parameters are in use.
+    Points MindSpore at cfg["device"] for the rest of the process.
     Raises InputError if a file is missing, cut or unreadable, or if a tensor is missing, unexpected, of another shape
     or type than the configuration asks for, or not finite.
     """
     if cfg["weights"] == RANDOM:
         return random_params(cfg, seed=0)
-    checked, native, params = check_weights(cfg), use_device(cfg) != "CPU", {}
+    checked, native, params, broken = check_weights(cfg), use_device(cfg) != "CPU", {}, []
     with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
         for model, (stored, sources) in checked.items():
             def load(name):
-                return to_tensor(name, read_parameter(model, name, stored, sources), cfg, native)
+                array = read_parameter(name, stored, sources)
+                if not np.isfinite(array).all():
+                    broken.append(f"{pathlib.Path(cfg['weights']) / model}: {name}")
+                return to_tensor(name, array, cfg, native)
 
             params[model] = nest(dict(zip(sources, pool.map(load, sources))))
+    if broken:
+        raise InputError(f"weights: NaN or Inf in {'; '.join(sorted(broken))}")
     return params

@@ -41,6 +41,19 @@ def test_one_prompt_one_file(capsys):
     assert err.splitlines()[-1].startswith("step 2/2  ")
 
 
+def test_only_the_prompt_is_needed():
+    args = musicldm.parse_arguments(["--prompt", "a"])
+    assert args.set == [] and musicldm.read_prompts(args) == ["a"]
+
+
+def test_the_longest_clip_in_every_format():
+    audio = np.random.default_rng(0).standard_normal((1, 600 * 16000)).astype(np.float32) * 0.1
+    for ending in musicldm.FORMATS:
+        path = pathlib.Path(f"long{ending}")
+        musicldm.write_audio([path], audio, 16000)
+        assert soundfile.info(path).frames == audio.shape[1]
+
+
 @pytest.mark.parametrize("ending", ["flac", "ogg"])
 def test_several_prompts_number_themselves(ending, capsys):
     pathlib.Path("prompts.txt").write_text("drums\n\n1984\n", encoding="utf-8")
@@ -56,26 +69,38 @@ def test_several_prompts_number_themselves(ending, capsys):
     (["--prompt", "a", "--step", "3"], "unrecognized arguments: --step 3"),
     (["--prompt", "a", "--steps", "2.5"], "sampling.num_inference_steps is 2.5; valid: an integer"),
     (["--prompt", "a", "--steps", "many"], "sampling.num_inference_steps is 'many'"),
-    (["--prompt", "a", "--guidance", "nan"], "guidance_scale is nan; valid: a finite number"),
+    (["--prompt", "a", "--guidance", "nan"], "guidance_scale is 'nan'; valid: a finite number"),
     (["--prompt", "a", "--guidance", ".nan"], "guidance_scale is nan; valid: a finite number"),
     (["--prompt", "a", "--seed", "-1"], "sampling.seed is -1; valid: 0 or more"),
-    (["--prompt", "a", "--seconds", "0"], "audio_length_in_s is 0.0; valid: 0.04 to 600"),
+    (["--prompt", "a", "--seconds", "0"], "audio_length_in_s is 0; valid: 0.04 to 600"),
     (["--prompt", "a", "--device", "TPU"], "device is 'TPU'; valid: auto, Ascend, CPU, GPU"),
     (["--prompt", "a", "--device", "Ascend"], "device: this MindSpore has no Ascend; valid: auto, CPU"),
     (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'; valid: float32, float16, bfloat16"),
     (["--prompt", "a", "--set", "sampling.sede=3"], "unknown config key 'sampling.sede': did you mean 'sampling.seed'?"),
     (["--prompt", "a", "--set", "seed"], "override 'seed'; valid: key=value"),
-    (["--prompt", "a", "--set", "unet=3"], "unet is 3; valid: a mapping"),
+    (["--prompt", "a", "--set", "unet=3", "--set", "unet.norm_eps=1"], "unet is 3; valid: a mapping"),
+    (["--prompt", "a", "--seed", "2024-99-99"], "override 'sampling.seed=2024-99-99'"),
+    (["--prompt", "a", "--guidance", "1" + "0" * 400], "valid: a finite number"),
+    (["--prompt", "a", "--set", "unet.attention_head_dim=[1,2]"], "unet.attention_head_dim has 2 entries"),
+    (["--prompt", "a", "--set", "unet.attention_head_dim=5"], "valid: divisors of [12, 8, 12, 16]"),
+    (["--prompt", "a", "--set", "unet.block_out_channels=[]"], "unet.block_out_channels is []; valid: a list"),
+    (["--prompt", "a", "--set", "vocoder.upsample_rates=[0,8,4]"], "vocoder.upsample_rates is [0, 8, 4]; valid: above 0"),
+    (["--prompt", "a", "--set", "unet.norm_num_groups=5"], "unet.norm_num_groups is 5; valid: a divisor"),
+    (["--prompt", "a", "--set", "unet.down_block_types=[DownBlock2D]"], "unet.down_block_types has 1 entries"),
+    (["--prompt", "a", "--set", "schedule.beta_start=-1"], "schedule.beta_start"),
+    (["--prompt", "a", "--set", "schedule.steps_offset=2000"], "steps_offset 0 or 1"),
+    (["--prompt", "a", "--out", "a" * 250 + ".wav"], "the file name is too long"),
+    (["--prompt", "a", "--weights", "a" * 5000], "weights: no folder"),
     (["--prompt", "a", "--set", "a=[1"], "override 'a=[1'"),
     (["--prompt", "a", "--set", "unet.norm_eps.x=1"], "unet.norm_eps is {'x': 1}; valid: a finite number"),
     (["--prompt", "a", "--set", "vocoder.upsample_rates=[5,x]"], "vocoder.upsample_rates is [5, 'x']; valid: a list"),
-    (["--prompt", "a", "--config", "none.yaml"], "config: no file 'none.yaml'"),
+    (["--prompt", "a", "--config", "none.yaml"], "config: cannot read none.yaml"),
     (["--prompt", "a", "--config", "bad.yaml"], "config: cannot read bad.yaml"),
     (["--prompt", "a", "--config", "list.yaml"], "the configuration is [1]; valid: a mapping"),
     (["--prompt", "a", "--weights", "nowhere"], "weights: no folder 'nowhere'; valid: a folder in diffusers' layout"),
     (["--prompts-file", "none.txt"], "--prompts-file none.txt:"),
-    (["--prompt", "a", "--out", "a.xyz"], "soundfile cannot write '.xyz'; valid endings:"),
-    (["--prompt", "a", "--out", "a"], "soundfile cannot write ''; valid endings:"),
+    (["--prompt", "a", "--out", "a.xyz"], "unknown format '.xyz'; valid endings: .wav, .flac, .ogg"),
+    (["--prompt", "a", "--out", "a"], "unknown format ''; valid endings:"),
     (["--prompt", "a", "--out", "no/a.wav"], "--out no/a.wav: valid is a file name in a folder that exists"),
     (["--prompt", "a", "--out", "folder.wav"], "--out folder.wav: valid is a file name"),
     (["--prompt", "a", "--set", "sampling.output_type=mel"], "the command line writes audio"),
@@ -108,7 +133,7 @@ def test_a_full_disk_is_found_before_the_work(small_files_only, capsys):
 def test_a_disk_that_fills_up_during_the_work_leaves_the_old_file(small_files_only):
     pathlib.Path("a.wav").write_text("old")
     with pytest.raises(InputError, match="cannot be written: File too large"):
-        musicldm.write_audio(pathlib.Path("a.wav"), np.zeros(5120, np.float32), 16000)
+        musicldm.write_audio([pathlib.Path("a.wav")], np.zeros((1, 5120), np.float32), 16000)
     assert files() == ["a.wav"] and pathlib.Path("a.wav").read_text() == "old"
 
 

@@ -80,13 +80,20 @@ def test_linear():
     assert relative_error(layers.linear(Tensor(x), Tensor(weight), Tensor(bias)).asnumpy(), x @ weight.T + bias) < 1e-6
 
 
-def test_group_norm_of_a_signal_far_from_zero():
-    x, weight, bias = normal(2, 30, 4, 6) * 0.5 + 3, normal(6), normal(6)
+@pytest.mark.parametrize("offset", [0, 3, 300])
+def test_group_norm(offset):
+    x, weight, bias = normal(2, 30, 4, 6) * np.float32(0.5) + np.float32(offset), normal(6), normal(6)
     y = layers.group_norm(Tensor(x), Tensor(weight), Tensor(bias), groups=3, eps=1e-5).asnumpy()
     groups = x.astype(np.float64).reshape(2, 120, 3, 2)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     expected = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * weight + bias
-    assert relative_error(y, expected) < 2e-5
+    assert relative_error(y, expected) < 1e-6 * (1 + offset)
+
+
+def test_group_norm_of_a_constant_is_its_bias():
+    x, weight, bias = np.full((1, 30, 4, 6), 3.3, np.float32), normal(6), normal(6)
+    y = layers.group_norm(Tensor(x), Tensor(weight), Tensor(bias), groups=3, eps=1e-6).asnumpy()
+    assert np.abs(y - bias).max() < 5e-3
 
 
 def test_layer_norm():
