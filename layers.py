@@ -3,8 +3,8 @@
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
 sequence, C channels, I and O channels into and out of a layer, K taps of a convolution.
 Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C). A leaf returns its input's
-dtype. Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its `weight` and
-`bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
+dtype. Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its
+`weight` and `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
 """
 import numpy as np
 from mindspore import Tensor, float32, ops

@@ -26,8 +26,8 @@ import yaml
 from mindspore import Tensor, ops
 
 import weights as checkpoints
-from layers import (bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention, layer_norm,
-                    leaky_relu, linear, resnet, spatial_transformer, tanh)
+from layers import (bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
+                    layer_norm, leaky_relu, linear, resnet, spatial_transformer, tanh)
 from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -66,7 +66,8 @@ def checked_value(name, value, default):
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-5 as text
     if name == "sampling.negative_prompt":
-        valid, ok = "null, a text, or a list of texts, one a prompt", value is None or fits(value, "") or fits(value, [""])
+        valid = "null, a text, or a list of texts, one a prompt"
+        ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
     else:
@@ -171,7 +172,7 @@ def byte_characters():
 
 
 def words(text):
-    """Split as \\p{L}, \\p{N} and \\s do, which `re` lacks: each non-ASCII character is replaced by one of its class."""
+    """GPT-2's words. `re` lacks \\p{L} and \\p{N}: it is shown an ASCII character of the same class for any other."""
     def stand_in(character):
         category = unicodedata.category(character)
         return "A" if category[0] == "L" else "0" if category[0] == "N" else (
@@ -249,8 +250,8 @@ def tokenize(cfg, prompts):
     for prompt in checked_prompts(prompts):
         tokens = text_to_tokens(prompt, ranks)
         if len(tokens) > longest - 2:
-            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {tokens_to_text(tokens[longest - 2:])!r}",
-                          stacklevel=2)
+            cut = tokens_to_text(tokens[longest - 2:])
+            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {cut!r}", stacklevel=2)
         tokens = ["<s>", *tokens[:longest - 2], "</s>"]
         rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])
     length = max(map(len, rows))
@@ -268,8 +269,8 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
     transformers' ClapModel.get_text_features, before it is normalised.
     """
     p = text_model["embeddings"]
-    x = (ops.gather(p["word_embeddings"]["weight"], ids, 0) + ops.gather(p["position_embeddings"]["weight"], positions, 0)
-         + p["token_type_embeddings"]["weight"][0])
+    x = (ops.gather(p["word_embeddings"]["weight"], ids, 0) + p["token_type_embeddings"]["weight"][0]
+         + ops.gather(p["position_embeddings"]["weight"], positions, 0))
     x = layer_norm(x, **p["LayerNorm"], eps=cfg["layer_norm_eps"])
     for i in range(cfg["num_hidden_layers"]):
         x = bert_layer(x, bias, text_model["encoder"]["layer." + str(i)], heads=cfg["num_attention_heads"],
@@ -315,7 +316,7 @@ def unet(x, timestep, class_labels, p, cfg):
             x = resnet(ops.cat((x, skips[-1]), -1), embedding, block["resnets." + str(i)], groups=groups, eps=eps)
             skips = skips[:-1]
             if "attentions.0" in block:
-                x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[levels - 1 - level], groups=groups)
+                x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[-1 - level], groups=groups)
         if "upsamplers.0" in block:
             x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=skips[-1].shape[1:3])
     return conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=eps)), **p["conv_out"])
@@ -323,7 +324,7 @@ def unet(x, timestep, class_labels, p, cfg):
 
 @mindspore.jit
 def guided_noise(x, timestep, embeds, guidance_scale, p, cfg):
-    """The noise in latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) where embeds has 2 N rows.
+    """The noise in latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
 
     embeds (2 N, projection_dim): what to steer away from, then the prompts; or (N, projection_dim), the prompts alone.
     """
@@ -335,7 +336,7 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg):
 
 @mindspore.jit
 def vae_decode(x, p, cfg):
-    """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), already divided by scaling_factor -> log-mel (N, 4H, 4W)."""
+    """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
     groups, levels = cfg["norm_num_groups"], len(cfg["block_out_channels"])
     x = linear(x, **p["post_quant_conv"])
     p = p["decoder"]
@@ -355,9 +356,9 @@ def vae_decode(x, p, cfg):
 
 @mindspore.jit
 def hifigan(mel, p, cfg):
-    """transformers' SpeechT5HifiGan (Kong et al., 2020): log-mel (N, frames, bands) -> waveform (N, samples) in [-1, 1].
+    """transformers' SpeechT5HifiGan (Kong et al., 2020): log-mel (N, frames, bands) -> waveform (N, samples).
 
-    At the published rates samples = 160 * frames + 32.
+    In [-1, 1]; at the published rates samples = 160 * frames + 32.
     """
     kernels, dilations, slope = cfg["resblock_kernel_sizes"], cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
     if cfg["normalize_before"]:
@@ -368,7 +369,8 @@ def hifigan(mel, p, cfg):
                              stride=cfg["upsample_rates"][i])
         total = 0.0
         for j in range(len(kernels)):
-            total = total + hifigan_block(x, p["resblocks." + str(i * len(kernels) + j)], kernel=kernels[j],
+            y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
+            total = total + hifigan_block(y, p["resblocks." + str(i * len(kernels) + j)], kernel=kernels[j],
                                           dilations=dilations[j], slope=slope)
         x = total / len(kernels)
     x = conv1d(leaky_relu(x, 0.01), **p["conv_post"], kernel=7)  # torch's default slope: the reference gives none here
@@ -466,7 +468,8 @@ def clip_size(cfg, seconds):
     """(samples, latent shape) of a clip: its frames are rounded up to what the VAE divides by, so none is missing."""
     hop, factor = math.prod(cfg["vocoder"]["upsample_rates"]), 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
     samples = round(seconds * cfg["vocoder"]["sampling_rate"])
-    return samples, (cfg["unet"]["in_channels"], math.ceil(samples / hop / factor), cfg["vocoder"]["model_in_dim"] // factor)
+    height, width = math.ceil(samples / (hop * factor)), cfg["vocoder"]["model_in_dim"] // factor
+    return samples, (cfg["unet"]["in_channels"], height, width)
 
 
 def standard_normal(seed, draw, prompts, size):
@@ -522,7 +525,7 @@ def checked_options(cfg, options, n):
 
 
 def generate(cfg, prompt, params=None, **options):
-    """Text to music: a prompt, or a list of n, becomes np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
+    """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
     params: what weights.load_params(cfg) returned; None loads them for this call
     options: any key of cfg["sampling"], for this call, and

@@ -44,7 +44,8 @@ IMPLEMENTED = {
     "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
             "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "vocoder": {},
-    "schedule": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "schedule": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+                 "timestep_spacing": "leading",
                  "clip_sample": False, "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
 }
 
@@ -140,12 +141,13 @@ def check_architecture(cfg):
             if h > 0 and kind.startswith("CrossAttn") and c % h:
                 yield f"unet.attention_head_dim is {unet['attention_head_dim']}; valid: divisors of {channels}"
         for name, section in (("unet", unet), ("vae", vae)):
-            if section["norm_num_groups"] > 0 and any(c % section["norm_num_groups"] for c in section["block_out_channels"]):
-                yield f"{name}.norm_num_groups is {section['norm_num_groups']}; valid: a divisor of block_out_channels"
+            groups = section["norm_num_groups"]
+            if any(c % groups for c in section["block_out_channels"]):
+                yield f"{name}.norm_num_groups is {groups}; valid: a divisor of block_out_channels"
         if text["hidden_size"] % max(1, text["num_attention_heads"]):
             yield f"text_encoder.text_config.num_attention_heads is not a divisor of hidden_size, {text['hidden_size']}"
         if not 0 <= text["pad_token_id"] <= text["max_position_embeddings"] - 4:
-            yield f"text_encoder.text_config.pad_token_id is {text['pad_token_id']}; valid: 0 or more, below the positions"
+            yield f"text_encoder.text_config.pad_token_id is {text['pad_token_id']}; valid: 0 or more, small"
         if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
                 k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):
             yield "vocoder.upsample_kernel_sizes must have an entry for each of upsample_rates, and none below it"
@@ -233,7 +235,8 @@ def unet_shapes(cfg):
             c = o
         if i < last:
             shapes |= under(f"up_blocks.{i}.upsamplers.0.conv", conv_shapes(c, c, 3, 3))
-    return shapes | under("conv_norm_out", norm_shapes(c)) | under("conv_out", conv_shapes(c, cfg["out_channels"], 3, 3))
+    return {**shapes, **under("conv_norm_out", norm_shapes(c)),
+            **under("conv_out", conv_shapes(c, cfg["out_channels"], 3, 3))}
 
 
 def vae_shapes(cfg):
@@ -245,7 +248,8 @@ def vae_shapes(cfg):
            **under("mid_block.resnets.1", resnet_shapes(deepest, deepest))}
     c = channels[0]
     encoder = {**under("conv_in", conv_shapes(cfg["in_channels"], c, 3, 3)), **mid,
-               **under("conv_norm_out", norm_shapes(deepest)), **under("conv_out", conv_shapes(deepest, 2 * latent, 3, 3))}
+               **under("conv_norm_out", norm_shapes(deepest)),
+               **under("conv_out", conv_shapes(deepest, 2 * latent, 3, 3))}
     for i, o in enumerate(channels):
         for j in range(layers):
             encoder |= under(f"down_blocks.{i}.resnets.{j}", resnet_shapes(c, o))
@@ -268,7 +272,8 @@ def vae_shapes(cfg):
 def clap_text_shapes(cfg):
     c, wide = cfg["hidden_size"], cfg["intermediate_size"]
     layer = {**under("attention.self.query", linear_shapes(c, c)), **under("attention.self.key", linear_shapes(c, c)),
-             **under("attention.self.value", linear_shapes(c, c)), **under("attention.output.dense", linear_shapes(c, c)),
+             **under("attention.self.value", linear_shapes(c, c)),
+             **under("attention.output.dense", linear_shapes(c, c)),
              **under("attention.output.LayerNorm", norm_shapes(c)),
              **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c)),
              **under("output.LayerNorm", norm_shapes(c))}
@@ -289,7 +294,8 @@ def clap_audio_shapes(cfg):
         wide = int(cfg["mlp_ratio"] * c)
         block = {**under("layernorm_before", norm_shapes(c)), **under("layernorm_after", norm_shapes(c)),
                  "attention.self.relative_position_bias_table": ((2 * cfg["window_size"] - 1) ** 2, heads),
-                 **under("attention.self.query", linear_shapes(c, c)), **under("attention.self.key", linear_shapes(c, c)),
+                 **under("attention.self.query", linear_shapes(c, c)),
+                 **under("attention.self.key", linear_shapes(c, c)),
                  **under("attention.self.value", linear_shapes(c, c)),
                  **under("attention.output.dense", linear_shapes(c, c)),
                  **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c))}
@@ -372,18 +378,21 @@ def stored_tensors(folder, model):
 
 
 def find_sources(shapes, stored, where):
-    """{parameter: the names that hold it in the file}, one, or two under weight norm. Lists all that is wrong at once."""
+    """({parameter: the names that hold it in the file}, what is wrong or None): one name, or two under weight norm."""
     sources = {}
     for name in shapes:
-        split = [tuple(name[:-len("weight")] + part for part in pair) for pair in WEIGHT_NORM if name.endswith(".weight")]
-        sources[name] = next((names for names in [(name,), *split] if stored.keys() >= set(names)), ())
+        ways = [(name,)]
+        if name.endswith(".weight"):
+            ways += [tuple(name[:-len("weight")] + part for part in pair) for pair in WEIGHT_NORM]
+        sources[name] = next((names for names in ways if stored.keys() >= set(names)), ())
     wanted = {names[-1]: shapes[name] for name, names in sources.items() if names}
     wanted |= {names[0]: shapes[name][:1] + (1,) * (len(shapes[name]) - 1)
                for name, names in sources.items() if len(names) == 2}
     problems = {"missing": [name for name, names in sources.items() if not names],
                 "unexpected": [name for name in stored if name not in wanted],
                 "not floating-point": [f"{name} ({stored[name]})" for name in wanted if isinstance(stored[name], str)],
-                "of the wrong shape": [f"{name} {stored[name].shape} instead of {shape}" for name, shape in wanted.items()
+                "of the wrong shape": [f"{name} {stored[name].shape} instead of {shape}"
+                                       for name, shape in wanted.items()
                                        if not isinstance(stored[name], str) and stored[name].shape != shape]}
     found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     return sources, f"{where}: {'; '.join(found)}" if found else None

@@ -3,12 +3,14 @@
 
     pip install torch==2.13.0 diffusers==0.33.1 transformers==4.57.1 "huggingface-hub<1.0" "tokenizers<0.23"
     python tests/make_golden.py
+    python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
 """
 import json
 import pathlib
 import platform
+import sys
 from unittest import mock
 
 import diffusers
@@ -98,7 +100,8 @@ def build():
 def run(pipe, case, rng):
     case = {**dict(negative_prompt=None, guidance=2.0, eta=0.0), **case}
     prompts = [case["prompt"]] if isinstance(case["prompt"], str) else case["prompt"]
-    out = {"in_latents": rng.standard_normal((len(prompts), 8, case["height"], 4)).astype(np.float32)}
+    shape = (len(prompts), 8, case["height"], pipe.vocoder.config.model_in_dim // 4)
+    out = {"in_latents": rng.standard_normal(shape).astype(np.float32)}
     noise = rng.standard_normal((case["steps"], *out["in_latents"].shape)).astype(np.float32)
     if case["eta"]:
         out["in_noise"] = noise
@@ -107,7 +110,8 @@ def run(pipe, case, rng):
         unet = UNet2DConditionModel.from_config(config).eval()
         unet.load_state_dict(pipe.unet.state_dict())
         pipe.unet = unet
-    pipe.vocoder.config.normalize_before = case.get("normalize_before", False)
+    if "normalize_before" in case:
+        pipe.vocoder.config.normalize_before = case["normalize_before"]
     steps, seen, draws = [], {}, iter(noise)
     decode, features, step = pipe.vae.decode, pipe.text_encoder.get_text_features, pipe.scheduler.step
 
@@ -137,6 +141,12 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
+    if sys.argv[1:]:
+        pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])
+        pipe.set_progress_bar_config(disable=True)
+        case = {**CASES["guided"], "height": pipe.unet.config.sample_size}
+        np.savez_compressed(sys.argv[2], **{f"guided.{key}": value for key, value in run(pipe, case, rng).items()})
+        return
     pipe = build()
     pipe.save_pretrained(GOLDEN / "checkpoint")
     arrays = {f"{name}.{key}": value for name, case in CASES.items() for key, value in run(pipe, case, rng).items()}
