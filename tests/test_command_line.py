@@ -1,4 +1,5 @@
 """The command line from its arguments to the files, every mistake it answers, and the README's commands."""
+import contextlib
 import os
 import pathlib
 import re
@@ -116,23 +117,26 @@ def test_mistakes_take_one_line_and_leave_nothing(arguments, message, capsys):
     assert files() == before
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only():
     """A limit on the size of files fails as a full disk does: with an OSError while writing."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_found_before_the_work(small_files_only, capsys):
-    assert musicldm.main(["--prompt", "a", *TINY]) == 2
+def test_a_full_disk_is_found_before_the_work(capsys):
+    with small_files_only():
+        assert musicldm.main(["--prompt", "a", *TINY]) == 2
     assert "--out musicldm.wav: cannot be written: File too large" in capsys.readouterr().err and files() == []
 
 
-def test_a_disk_that_fills_up_during_the_work_leaves_the_old_file(small_files_only):
+def test_a_disk_that_fills_up_during_the_work_leaves_the_old_file():
     pathlib.Path("a.wav").write_text("old")
-    with pytest.raises(InputError, match="cannot be written: File too large"):
+    with pytest.raises(InputError, match="cannot be written: File too large"), small_files_only():
         musicldm.write_audio([pathlib.Path("a.wav")], np.zeros((1, 5120), np.float32), 16000)
     assert files() == ["a.wav"] and pathlib.Path("a.wav").read_text() == "old"
 
