@@ -723,4 +723,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
+    os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that was interrupted
     sys.exit(main())

@@ -172,6 +172,14 @@ def test_readme_names_the_test_command():
     assert sum("-m pytest" in command for command in readme_commands()) == 1
 
 
+def test_readme_counts_lines():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", text, re.M)
+    counts = {name: int(count) for name, count in rows}
+    assert counts == {name: len((ROOT / name).read_text(encoding="utf-8").splitlines())
+                      for name in ("musicldm.py", "layers.py", "weights.py", "config.yaml")}
+
+
 def test_readme_main_command():
     """The whole architecture on random weights, as the README's first command runs it."""
     command = shlex.split(next(command for command in readme_commands() if "--weights random" in command))
