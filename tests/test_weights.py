@@ -3,6 +3,8 @@ import json
 import math
 import pathlib
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -186,9 +188,23 @@ def test_checkpoint_config_is_below_overrides_and_above_the_file(checkpoint):
 
 
 def test_a_hub_id_without_huggingface_hub_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub.*unet/config.json"):
         musicldm.load_config(musicldm.DEFAULT_CONFIG, "ucsd-reach/musicldm")
+
+
+def test_a_hub_id_is_fetched_by_huggingface_hub(monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        if name != "ucsd-reach/musicldm":
+            raise OSError("no such\nrepository")
+        assert "unet/config.json" in allow_patterns and "unet/*.safetensors*" in allow_patterns
+        return str(GOLDEN / "checkpoint")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, "ucsd-reach/musicldm")
+    assert cfg == golden_config()
+    with pytest.raises(InputError, match="cannot fetch 'a/b': no such repository"):
+        musicldm.load_config(musicldm.DEFAULT_CONFIG, "a/b")
 
 
 def test_native_layout_is_the_files_own():
