@@ -113,7 +113,7 @@ def run(pipe, case, rng):
     if "normalize_before" in case:
         pipe.vocoder.config.normalize_before = case["normalize_before"]
     steps, seen, draws = [], {}, iter(noise)
-    decode, features, step = pipe.vae.decode, pipe.text_encoder.get_text_features, pipe.scheduler.step
+    decode, features = pipe.vae.decode, pipe.text_encoder.get_text_features
 
     def keep(name, function):
         def wrapped(*args, **kwargs):
