@@ -63,8 +63,8 @@ def fits(value, like):
 
 def checked_value(name, value, default):
     """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
-    if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 1e-5 as text
+    if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.)?\d+e[-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-5 and 1.5e5 as text
     if name == "sampling.negative_prompt":
         valid = "null, a text, or a list of texts, one a prompt"
         ok = value is None or fits(value, "") or fits(value, [""])
@@ -672,7 +672,7 @@ def parse_arguments(argv):
     parser.add_argument("--weights", metavar="DIR|HUB-ID|random", help="checkpoint folder, hub id or random weights")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
     parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending")
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser.parse_args(argv)
 
 

@@ -45,8 +45,8 @@ IMPLEMENTED = {
             "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "vocoder": {},
     "schedule": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-                 "timestep_spacing": "leading",
-                 "clip_sample": False, "thresholding": False, "trained_betas": None, "rescale_betas_zero_snr": False},
+                 "timestep_spacing": "leading", "clip_sample": False, "thresholding": False, "trained_betas": None,
+                 "rescale_betas_zero_snr": False},
 }
 
 

@@ -182,8 +182,8 @@ def test_everything_wrong_is_listed_at_once(checkpoint):
 
 
 def test_checkpoint_config_is_below_overrides_and_above_the_file(checkpoint):
-    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint, ["vae.scaling_factor=2"])
-    assert cfg["vae"]["scaling_factor"] == 2.0 and cfg["vae"]["layers_per_block"] == 1
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint, ["vae.scaling_factor=1.5e5"])
+    assert cfg["vae"]["scaling_factor"] == 150000.0 and cfg["vae"]["layers_per_block"] == 1
     assert cfg["unet"]["block_out_channels"] == [12, 8, 12, 16] and cfg["sampling"]["num_inference_steps"] == 200
 
 
