@@ -7,8 +7,16 @@ dtype. Parameters are the sub-dict of the checkpoint that holds a layer (weights
 `weight` and `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
 """
 import numpy as np
-from mindspore import Tensor, float32, ops
+from mindspore import Tensor, float32, int32, ops
 from mindspore.ops import constexpr
+
+BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or taps than this are computed by blocks
+
+
+def blocks(numbers):
+    """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
+    return -(-numbers // BLOCK)
+
 
 def stretched(x, shape):
     """x broadcast to a shape, for arithmetic on large tensors.
@@ -28,43 +36,59 @@ def linear(x, weight, bias=None):
 
 
 @constexpr
-def tap_rows(size, out_size, kernel, stride, dilation, padding, scale):
-    """For each output position and tap of a convolution, the row of the flattened (H * W, C) input that it multiplies.
+def tap_rows(size, out_size, kernel, stride, dilation, padding, scale, loop, begin, end):
+    """For output positions and taps of a convolution, the rows of the flattened (H * W, C) input that they multiply.
 
-    All but `scale` are pairs (height, width). Row H * W stands for the zeros outside the image. `scale` 2 reads the
-    image as if its pixels were doubled in both directions and it was cut to out_size.
-    Returns an int32 Tensor (H_out * W_out * K,).
+    Sizes, kernel, stride, dilation and padding are pairs (height, width). Row H * W stands for the zeros outside the
+    image. `scale` 2 reads the image as if its pixels were doubled in both directions and it was cut to out_size. With
+    `loop` the image repeats itself along its height.
+    Returns an int32 Tensor ((end - begin) * K,) for the positions begin to end of the flattened output.
     """
-    def along(axis):
-        place = np.arange(out_size[axis])[:, None] * stride[axis] - padding[axis]
-        place = place + np.arange(kernel[axis]) * dilation[axis]
-        return place // scale, (place >= 0) & (place < (size if scale == 1 else out_size)[axis])
+    def along(axis, position):
+        limit = (size if scale == 1 else out_size)[axis]
+        place = position[:, None] * stride[axis] - padding[axis] + np.arange(kernel[axis]) * dilation[axis]
+        if loop and axis == 0:
+            place = place % limit
+        return place // scale, (place >= 0) & (place < limit)
 
-    (y, y_inside), (x, x_inside) = along(0), along(1)
-    inside = y_inside[:, None, :, None] & x_inside[None, :, None, :]
-    rows = y[:, None, :, None] * size[1] + x[None, :, None, :]
+    y, x = np.divmod(np.arange(begin, end), out_size[1])
+    (y, y_inside), (x, x_inside) = along(0, y), along(1, x)
+    rows = y[:, :, None] * size[1] + x[:, None, :]
+    inside = y_inside[:, :, None] & x_inside[:, None, :]
     return Tensor(np.where(inside, rows, size[0] * size[1]).reshape(-1).astype(np.int32))
 
 
-def gathered_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
-    """A convolution as one gather and one matrix product: what is fast where the native kernel is slow (CPU).
+def gathered_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale, loop):
+    """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
 
     x (N, H, W, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
     n, h, w, i = x.shape
-    rows = tap_rows((h, w), out_size, kernel, stride, dilation, padding, scale)
+    positions = out_size[0] * out_size[1]
+    step = -(-positions // blocks(n * positions * weight.shape[1]))
     x = ops.cat((x.reshape(n, h * w, i), ops.zeros((n, 1, i), x.dtype)), 1)
-    taps = ops.gather(x, rows, 1).reshape(n * out_size[0] * out_size[1], -1)
-    return ops.MatMul(transpose_b=True)(taps, weight)
+    parts = ()
+    for begin in range(0, positions, step):
+        end = min(begin + step, positions)
+        rows = tap_rows((h, w), out_size, kernel, stride, dilation, padding, scale, loop, begin, end)
+        if begin > 0:
+            rows = ops.Depend()(rows, parts[-1])  # one block after the other, so that they share memory
+        taps = ops.gather(x, rows, 1).reshape(n * (end - begin), -1)
+        parts = parts + (ops.MatMul(transpose_b=True)(taps, weight).reshape(n, end - begin, -1),)
+    y = parts[0] if len(parts) == 1 else ops.cat(parts, 1)
+    return y.reshape(n * positions, -1)
 
 
-def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale):
+def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale, loop):
     """The same by the device's own convolution: x (N, H, W, I), weight (O, I, KH, KW) -> (N * H_out * W_out, O)."""
     n, h, w, i = x.shape
     if scale > 1:
         x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
         h, w = out_size
         x = x.reshape(n, x.shape[1] * scale, x.shape[3] * scale, i)[:, :h, :w]
+    if loop:
+        x = ops.cat((x[:, h - padding[0]:], x, x[:, :padding[0]]), 1)
+        h, padding = h + 2 * padding[0], (0, padding[1])
     # the far sides get what out_size needs, which is not what the near sides get in a transposed convolution
     bottom = max(0, (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h)
     right = max(0, (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w)
@@ -73,22 +97,25 @@ def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding
     return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
 
 
-def convolution(x, weight, out_size, *, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), scale=1):
+def convolution(x, weight, out_size, *, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), scale=1,
+                loop=False):
     """The weight's layout, chosen for the device when it was loaded, says which of the two ways computes it."""
     way = gathered_convolution if weight.ndim == 2 else native_convolution
-    return way(x, weight, out_size, kernel=kernel, stride=stride, dilation=dilation, padding=padding, scale=scale)
+    return way(x, weight, out_size, kernel=kernel, stride=stride, dilation=dilation, padding=padding, scale=scale,
+               loop=loop)
 
 
-def conv2d(x, weight, bias, *, stride=1, upsample_to=None):
+def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     """3x3 convolution with padding 1: x (N, H, W, I) -> (N, ceil(H / stride), ceil(W / stride), O).
 
     `upsample_to` (H_out, W_out) doubles the image first (nearest neighbour), cut to that size:
-    diffusers' Upsample2D with its `output_size`.
+    diffusers' Upsample2D with its `output_size`. With `loop` the padding in time is the other end of the image, which
+    `stride` must divide.
     """
     n, h, w, _ = x.shape
     out_size = ((h - 1) // stride + 1, (w - 1) // stride + 1) if upsample_to is None else upsample_to
     y = convolution(x, weight, out_size, kernel=(3, 3), stride=(stride, stride), padding=(1, 1),
-                    scale=1 if upsample_to is None else 2)
+                    scale=1 if upsample_to is None else 2, loop=loop)
     return ops.bias_add(y, bias).reshape(n, out_size[0], out_size[1], -1)
 
 
@@ -178,11 +205,30 @@ def attend(q, k, v, bias, *, heads):
     q = (q * (c // heads) ** -0.5).reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
     k = k.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
     v = v.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
+    count = blocks(n * heads * l * l)
+    y = attended(q, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(q, k, v, count)
+    return y.transpose(0, 2, 1, 3).reshape(n, l, c)
+
+
+def attended(q, k, v, bias):
+    """Scaled queries q (N, heads, M, D), k and v (N, heads, L, D) -> (N, heads, M, D)."""
     scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(float32)
     if bias is not None:
         scores = scores + bias
-    y = ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
-    return y.transpose(0, 2, 1, 3).reshape(n, l, c)
+    return ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
+
+
+def attended_by_blocks(q, k, v, count):
+    """The same, `count` blocks of queries one after the other: every query has its own softmax, so nothing changes."""
+    n, heads, l, d = q.shape
+    size = -(-l // count)
+    q = ops.cat((q, ops.zeros((n, heads, count * size - l, d), q.dtype)), 2) if count * size > l else q
+    q = q.reshape(n, heads, count, size, d).transpose(2, 0, 1, 3, 4)
+    y, i = ops.zeros_like(q), Tensor(0, int32)
+    while i < count:
+        y = ops.tensor_scatter_update(y, i.reshape(1, 1), attended(ops.gather(q, i, 0), k, v, None).expand_dims(0))
+        i = i + 1
+    return y.transpose(1, 2, 0, 3, 4).reshape(n, heads, count * size, d)[:, :, :l]
 
 
 def attention(x, p, *, heads):
@@ -217,15 +263,15 @@ def image_attention(x, p, *, groups):
     return x + attention(y, p, heads=1).reshape(n, h, w, c)
 
 
-def resnet(x, embedding, p, *, groups, eps):
+def resnet(x, embedding, p, *, groups, eps, loop=False):
     """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O).
 
     embedding (N, E): silu of the embedding of time and class; None in the VAE
     """
-    y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"])
+    y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"], loop=loop)
     if embedding is not None:
         y = y + stretched(linear(embedding, **p["time_emb_proj"]).reshape(y.shape[0], 1, 1, -1), y.shape)
-    y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"])
+    y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"], loop=loop)
     if "conv_shortcut" in p:
         x = linear(x, **p["conv_shortcut"])
     return x + y

@@ -4,6 +4,7 @@
 VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
 """
 import argparse
+import collections
 import difflib
 import functools
 import io
@@ -23,11 +24,12 @@ import mindspore
 import numpy as np
 import soundfile
 import yaml
+from PIL import Image, ImageDraw
 from mindspore import Tensor, ops
 
 import weights as checkpoints
-from layers import (bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, leaky_relu, linear, resnet, spatial_transformer, tanh)
+from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
+                    layer_norm, leaky_relu, linear, polyphase, resnet, spatial_transformer, tanh)
 from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -35,9 +37,12 @@ CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "flo
            "sampling.output_type": ("np", "mel", "latent")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
-          "sampling.callback_steps": (1, math.inf)}
+          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, math.inf),
+          "sampling.audio_prompt_weight": (0, 1)}
 FORMATS = (".wav", ".flac", ".ogg")
-ARRAYS_AND_CALLBACKS = ("latents", "noise", "callback")  # options of generate() that a config file cannot hold
+COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
+# options of generate() that a config file cannot hold
+ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback")
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -70,6 +75,8 @@ def checked_value(name, value, default):
         ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
+    elif name == "sampling.seed" and isinstance(value, (list, tuple)):
+        return [checked_value(name, seed, default) for seed in value]
     else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
         valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
@@ -279,10 +286,11 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
     return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
 
 
-def unet(x, timestep, class_labels, p, cfg):
+def unet(x, timestep, class_labels, p, cfg, loop):
     """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in x at a timestep, given CLAP vectors.
 
     x (N, H, W, 8), timestep (1, block_out_channels[0]) its sinusoids, class_labels (N, projection_dim) -> (N, H, W, 8)
+    With `loop` the latents repeat themselves along H, which 2 ** (levels - 1) must divide.
     """
     channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
                                      cfg["norm_eps"])
@@ -292,65 +300,67 @@ def unet(x, timestep, class_labels, p, cfg):
     embedding = ops.silu(ops.cat((ops.broadcast_to(embedding, (x.shape[0], embedding.shape[1])),
                                   linear(class_labels, **p["class_embedding"])), -1))
 
-    x = conv2d(x, **p["conv_in"])
+    x = conv2d(x, **p["conv_in"], loop=loop)
     skips = (x,)
     for level in range(levels):
         block = p["down_blocks." + str(level)]
         for i in range(layers):
-            x = resnet(x, embedding, block["resnets." + str(i)], groups=groups, eps=eps)
+            x = resnet(x, embedding, block["resnets." + str(i)], groups=groups, eps=eps, loop=loop)
             if "attentions.0" in block:
                 x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[level], groups=groups)
             skips = skips + (x,)
         if "downsamplers.0" in block:
-            x = conv2d(x, **block["downsamplers.0"]["conv"], stride=2)
+            x = conv2d(x, **block["downsamplers.0"]["conv"], stride=2, loop=loop)
             skips = skips + (x,)
 
     block = p["mid_block"]
-    x = resnet(x, embedding, block["resnets.0"], groups=groups, eps=eps)
+    x = resnet(x, embedding, block["resnets.0"], groups=groups, eps=eps, loop=loop)
     x = spatial_transformer(x, block["attentions.0"], heads=heads[-1], groups=groups)
-    x = resnet(x, embedding, block["resnets.1"], groups=groups, eps=eps)
+    x = resnet(x, embedding, block["resnets.1"], groups=groups, eps=eps, loop=loop)
 
     for level in range(levels):
         block = p["up_blocks." + str(level)]
         for i in range(layers + 1):
-            x = resnet(ops.cat((x, skips[-1]), -1), embedding, block["resnets." + str(i)], groups=groups, eps=eps)
+            x = resnet(ops.cat((x, skips[-1]), -1), embedding, block["resnets." + str(i)], groups=groups, eps=eps,
+                       loop=loop)
             skips = skips[:-1]
             if "attentions.0" in block:
                 x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[-1 - level], groups=groups)
         if "upsamplers.0" in block:
-            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=skips[-1].shape[1:3])
-    return conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=eps)), **p["conv_out"])
+            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=skips[-1].shape[1:3], loop=loop)
+    return conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=eps)), **p["conv_out"], loop=loop)
 
 
 @mindspore.jit
-def guided_noise(x, timestep, embeds, guidance_scale, p, cfg):
+def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
     """The noise in latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
 
     embeds (2 N, projection_dim): what to steer away from, then the prompts; or (N, projection_dim), the prompts alone.
     """
     if embeds.shape[0] == x.shape[0]:
-        return unet(x, timestep, embeds, p, cfg)
-    away, toward = ops.chunk(unet(ops.cat((x, x), 0), timestep, embeds, p, cfg), 2, 0)
+        return unet(x, timestep, embeds, p, cfg, loop)
+    away, toward = ops.chunk(unet(ops.cat((x, x), 0), timestep, embeds, p, cfg, loop), 2, 0)
     return away + guidance_scale * (toward - away)
 
 
 @mindspore.jit
-def vae_decode(x, p, cfg):
+def vae_decode(x, p, cfg, loop):
     """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
     groups, levels = cfg["norm_num_groups"], len(cfg["block_out_channels"])
     x = linear(x, **p["post_quant_conv"])
     p = p["decoder"]
-    x = conv2d(x, **p["conv_in"])
-    x = resnet(x, None, p["mid_block"]["resnets.0"], groups=groups, eps=1e-6)
+    x = conv2d(x, **p["conv_in"], loop=loop)
+    x = resnet(x, None, p["mid_block"]["resnets.0"], groups=groups, eps=1e-6, loop=loop)
     x = image_attention(x, p["mid_block"]["attentions.0"], groups=groups)
-    x = resnet(x, None, p["mid_block"]["resnets.1"], groups=groups, eps=1e-6)
+    x = resnet(x, None, p["mid_block"]["resnets.1"], groups=groups, eps=1e-6, loop=loop)
     for level in range(levels):
         block = p["up_blocks." + str(level)]
         for i in range(cfg["layers_per_block"] + 1):
-            x = resnet(x, None, block["resnets." + str(i)], groups=groups, eps=1e-6)
+            x = resnet(x, None, block["resnets." + str(i)], groups=groups, eps=1e-6, loop=loop)
         if "upsamplers.0" in block:
-            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=(2 * x.shape[1], 2 * x.shape[2]))
-    x = conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=1e-6)), **p["conv_out"])
+            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=(2 * x.shape[1], 2 * x.shape[2]),
+                       loop=loop)
+    x = conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=1e-6)), **p["conv_out"], loop=loop)
     return x.reshape(x.shape[:3])
 
 
@@ -438,59 +448,172 @@ def to_numpy(tensor):
 
 
 def encode_prompt(cfg, params, prompts):
-    """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length."""
-    ids, mask = tokenize(cfg, prompts)
-    text = frozen(cfg["text_encoder"]["text_config"])
-    # RoBERTa counts positions over what is not padding, from pad_token_id + 1
-    real = ids != text["pad_token_id"]
-    positions = np.cumsum(real, axis=1) * real + text["pad_token_id"]
-    bias = np.where(mask, 0, -1e4)[:, None, None]  # exp() of it is 0 in float32
-    p = params["text_encoder"]
-    x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
-                           mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
+
+    Each text goes alone and padded to a multiple of 16 tokens: what stands beside it changes nothing, and there are few
+    lengths to compile.
+    """
+    prompts, text = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
+    distinct, pad = list(dict.fromkeys(prompts)), text["pad_token_id"]
+    p, vectors = params["text_encoder"], {}
+    for prompt, row, mask in zip(distinct, *tokenize(cfg, distinct)):
+        tokens = int(mask.sum())
+        length = min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - pad - 1)
+        ids = np.full((1, length), pad, np.int32)
+        ids[0, :tokens] = row[:tokens]
+        # RoBERTa counts positions over what is not padding, from pad_token_id + 1
+        positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
+        bias = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
+        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
+                               mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
+        vectors[prompt] = x / np.linalg.norm(x)
+    return np.stack([vectors[prompt] for prompt in prompts])
 
 
-def decode_latents(cfg, params, latents):
+def read_audio(cfg, audio):
+    """(mono float64 waveform (samples,), rate): of a file, of what soundfile.read returns, or of a generated waveform.
+
+    audio: a path; (waveform, rate), the waveform (samples,) or (samples, channels); or a waveform at the vocoder's rate
+    """
+    if isinstance(audio, (str, os.PathLike)):
+        extractor = cfg["feature_extractor"]
+        longest = extractor["nb_max_samples"] / extractor["sampling_rate"] + 1  # CLAP hears no more of it
+        try:
+            with soundfile.SoundFile(audio) as file:
+                audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
+        except (OSError, soundfile.SoundFileError) as error:
+            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}") from None
+    waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
+    try:
+        waveform = np.asarray(waveform, np.float64)
+    except (TypeError, ValueError):
+        waveform = np.empty(0)
+    if not fits(rate, 1) or rate < 1 or waveform.ndim not in (1, 2) or not waveform.size or not np.isfinite(
+            waveform).all():
+        raise InputError("audio_prompt holds no usable audio; valid: a file, (waveform, sampling rate) as soundfile.read "
+                         "returns it, or a waveform: finite numbers, (samples,) or (samples, channels)")
+    return waveform if waveform.ndim == 1 else waveform.mean(axis=1), rate
+
+
+def decode_latents(cfg, params, latents, loop=False):
     """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
     x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
     p, vae = mindspore.mutable(params["vae"]), frozen(cfg["vae"])
-    return np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae)) for i in range(len(x))])
+    return np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop)) for i in range(len(x))])
 
 
-def vocode(cfg, params, mel):
-    """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time."""
+def hifigan_reach(vocoder):
+    """The frames on either side of one that its samples depend on, rounded up."""
+    kernels, dilations = vocoder["resblock_kernel_sizes"], vocoder["resblock_dilation_sizes"]
+    block = max(sum((kernel - 1) // 2 * (dilation + 1) for dilation in d) for kernel, d in zip(kernels, dilations))
+    reach, rate = 3, 1  # conv_pre has 7 taps
+    for kernel, stride in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"]):
+        reach += polyphase(kernel, stride)[1] / rate
+        rate *= stride
+        reach += block / rate
+    return math.ceil(reach + 3 / rate)
+
+
+def vocode(cfg, params, mel, loop=False, window=1024):
+    """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
+
+    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). Longer spectrograms
+    go through the vocoder by windows of so many frames, overlapping by what a sample depends on: the result is the same.
+    """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
-    return np.concatenate([to_numpy(hifigan(to_tensor(cfg, mel[i:i + 1]), p, vocoder)) for i in range(len(mel))])
+    hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
+    samples = mel.shape[1] * hop
+    if loop:
+        mel = np.pad(mel, ((0, 0), (reach, reach), (0, 0)), mode="wrap")
+    size = min(mel.shape[1], max(window, 2 * reach + 1))
+    last = mel.shape[1] - size
+    waveforms = []
+    for x in mel:
+        parts, done = [], 0
+        for start in [*range(0, last, size - 2 * reach), last]:
+            part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
+            end = len(part) if start == last else (size - reach) * hop
+            parts.append(part[done - start * hop:end])
+            done = start * hop + end
+        waveforms.append(np.concatenate(parts))
+    return np.stack(waveforms)[:, reach * hop:reach * hop + samples] if loop else np.stack(waveforms)
 
 
-def clip_size(cfg, seconds):
-    """(samples, latent shape) of a clip: its frames are rounded up to what the VAE divides by, so none is missing."""
+def clip_size(cfg, seconds, loop=False):
+    """(samples, latent shape) of a clip: its frames are rounded up to what the VAE divides by, so none is missing.
+
+    A loop is rounded to what the UNet's coarsest level divides by, so that every level can repeat itself.
+    """
     hop, factor = math.prod(cfg["vocoder"]["upsample_rates"]), 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
     samples = round(seconds * cfg["vocoder"]["sampling_rate"])
     height, width = math.ceil(samples / (hop * factor)), cfg["vocoder"]["model_in_dim"] // factor
+    if loop:
+        coarsest = 2 ** (len(cfg["unet"]["block_out_channels"]) - 1)
+        height = max(1, round(samples / (hop * factor * coarsest))) * coarsest
+        samples = height * factor * hop
     return samples, (cfg["unet"]["in_channels"], height, width)
 
 
-def standard_normal(seed, draw, prompts, size):
-    """The unit normal noise of one draw of a run, float32 (n, *size), a stream for each waveform.
+def check_memory(cfg, shape, guided, loaded):
+    """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
 
-    Every prompt has the same stream wherever it stands among others; its repetitions have the next ones.
+    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU; nothing is said of others.
     """
-    streams = [np.random.SeedSequence(seed, spawn_key=(prompts[:i].count(prompt), draw))
-               for i, prompt in enumerate(prompts)]
+    if checkpoints.use_device(cfg) != "CPU" or not os.path.exists("/proc/meminfo"):
+        return
+    n, _, h, w = shape
+    unet, vae = (cfg[model]["block_out_channels"] + cfg[model]["block_out_channels"][-1:] for model in ("unet", "vae"))
+    numbers = 8 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (unet[0] + unet[1]),
+                              9 * h * w * 4 ** (len(vae) - 2) * vae[1])
+    if not loaded:
+        numbers += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
+    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    needed, available = 4 * numbers / 1e9, int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
+    if needed > available:
+        raise InputError(f"{n} at once with latents of {h} x {w} would take about {needed:.1f} GB of memory, and "
+                         f"{available:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
+
+
+def take_seeds(seed, prompts, takes):
+    """The seed of each waveform, by prompt: `takes` of them count up from `seed`, and on over a prompt's repetitions.
+
+    A list is taken as it is.
+    """
+    if isinstance(seed, (list, tuple)):
+        return list(seed)
+    seen, seeds = collections.Counter(), []
+    for prompt in prompts:
+        seeds += range(seed + seen[prompt], seed + seen[prompt] + takes)
+        seen[prompt] += takes
+    return seeds
+
+
+def standard_normal(seeds, draw, size):
+    """The unit normal noise of one draw of a run, float32 (n, *size): each waveform's follows from its own seed alone."""
+    streams = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
     return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
 
 
 def checked_array(name, value, shape):
+    """float32 (*shape), whose first length may be None for any."""
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         raise InputError(f"{name} is not an array of numbers; valid: shape {shape}") from None
-    if array.shape != shape:
+    if array.ndim != len(shape) or array.size == 0 or any(
+            wanted not in (None, length) for wanted, length in zip(shape, array.shape)):
         raise InputError(f"{name} has the shape {array.shape}; valid: {shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or Inf; valid: finite numbers")
+    return array
+
+
+def checked_vectors(name, value, n, cfg):
+    array = checked_array(name, value, (n, cfg["text_encoder"]["projection_dim"]))
+    lengths = np.linalg.norm(array, axis=1)
+    if np.abs(lengths - 1).max() > 1e-3:
+        raise InputError(f"{name} has a row of length {lengths[np.abs(lengths - 1).argmax()]:.3g}; valid: rows of "
+                         "length 1, as encode_prompt and encode_audio return them")
     return array
 
 
@@ -516,113 +639,203 @@ def checked_options(cfg, options, n):
     if sampling["num_inference_steps"] > cfg["schedule"]["num_train_timesteps"]:
         raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid: up to "
                          f"schedule.num_train_timesteps, {cfg['schedule']['num_train_timesteps']}")
-    negative = sampling["negative_prompt"]
-    if isinstance(negative, (list, tuple)) and len(negative) != n:
-        raise InputError(f"negative_prompt is a list of {len(negative)}; valid: one text, or one for each of the {n} "
-                         "prompts")
-    checked_prompts(negative or "")
+    for name, valid in (("negative_prompt", n), ("seed", n * sampling["num_waveforms_per_prompt"])):
+        value = sampling[name]
+        if isinstance(value, (list, tuple)) and len(value) != valid:
+            raise InputError(f"{name} is a list of {len(value)}; valid: one, or a list of {valid}")
+    checked_prompts(sampling["negative_prompt"] or "")
     return sampling
 
 
-def generate(cfg, prompt, params=None, **options):
+def prompt_vectors(cfg, params, prompts=None, audio_prompt=None, weight=0.5):
+    """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
+
+    Of the prompts (a text or a list of texts), of audio_prompt (see `read_audio`), or with both, of the normalised mixture
+    of each prompt with `weight` (0 to 1) of the audio. Trained on CLAP's audio vectors, the UNet takes either kind.
+    """
+    if audio_prompt is None:
+        return encode_prompt(cfg, params, prompts)
+    heard = encode_audio(cfg, params, *read_audio(cfg, audio_prompt))
+    if prompts is None:
+        return heard
+    mixture = (1 - weight) * encode_prompt(cfg, params, prompts) + weight * heard
+    return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
+
+
+def interpolate(start, end, n):
+    """n unit vectors, float32 (n, d), evenly along the great circle from `start` to `end`, (d,) each (Shoemake, 1985)."""
+    angle = math.acos(np.clip(np.dot(start, end), -1, 1))
+    if angle < 1e-4:  # one point
+        return np.tile(np.float32(start), (n, 1))
+    t = np.linspace(0, angle, n)[:, None]
+    return ((np.sin(angle - t) * start + np.sin(t) * end) / math.sin(angle)).astype(np.float32)
+
+
+def rank(cfg, params, embeds, audio):
+    """Each prompt's own waveforms by their CLAP similarity to it, best first.
+
+    embeds (n, projection_dim), audio (n * takes, samples), by prompt -> (order, scores), (n * takes,) each: the indices
+    into audio, by prompt and then from best to worst, and the cosines in that order.
+    """
+    heard = encode_audio(cfg, params, audio, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
+    scores = np.einsum("ntd,nd->nt", heard, embeds)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    first = np.arange(len(embeds))[:, None] * heard.shape[1]
+    return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
+
+
+def generate(cfg, prompt=None, params=None, **options):
     """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
     params: what weights.load_params(cfg) returned; None loads them for this call
-    options: any key of cfg["sampling"], for this call, and
+    options: any key of cfg["sampling"], for this call, where `seed` may also be a list of one a waveform, and
+        prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
+        audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-        noise: what eta > 0 mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
-        callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...
-    With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents.
-    A waveform's noise follows from `seed` alone, so a prompt gives the same music alone and among others; a prompt that
-    is repeated gives other music each time.
-    Raises InputError for unusable arguments or weights, before any model runs, and for a result that is not finite.
+        noise: what the sampler mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
+        callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...; may raise to stop
+    With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
+    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the seed.
+    With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents, in the
+    order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
+    Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
     """
-    prompts = checked_prompts(prompt)
-    n = len(prompts)
+    prompts = None if prompt is None else checked_prompts(prompt)
+    prompt_embeds, audio_prompt = options.get("prompt_embeds"), options.get("audio_prompt")
+    if prompt_embeds is not None and (prompts, audio_prompt) != (None, None):
+        raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
+    if prompt_embeds is not None:
+        prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
+        conditions = [row.tobytes() for row in prompt_embeds]
+    elif audio_prompt is not None:
+        read_audio(cfg, audio_prompt)
+        conditions = prompts or [""]
+    else:
+        conditions = checked_prompts(prompt)
+    n = len(conditions)
     sampling = checked_options(cfg, options, n)
-    steps, eta, callback = sampling["num_inference_steps"], sampling["eta"], options.get("callback")
+    negative_embeds = options.get("negative_prompt_embeds")
+    if negative_embeds is not None:
+        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
+        if sampling["negative_prompt"] is not None:
+            raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
+    steps, loop, takes, callback = (sampling["num_inference_steps"], sampling["loop"],
+                                    sampling["num_waveforms_per_prompt"], options.get("callback"))
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
-    samples, size = clip_size(cfg, sampling["audio_length_in_s"])
+    samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
+    seeds = take_seeds(sampling["seed"], conditions, takes)
+    shape = (n * takes, *size)
+    check_memory(cfg, shape, sampling["guidance_scale"] > 1, loaded=params is not None)
     x, noise = options.get("latents"), options.get("noise")
-    x = standard_normal(sampling["seed"], 0, prompts, size) if x is None else checked_array("latents", x, (n, *size))
-    noise = (standard_normal(sampling["seed"], i + 1, prompts, size) for i in range(steps)) if noise is None else iter(
-        checked_array("noise", noise, (steps, n, *size)))
+    x = standard_normal(seeds, 0, size) if x is None else checked_array("latents", x, shape)
+    noise = (standard_normal(seeds, i + 1, size) for i in range(steps)) if noise is None else iter(
+        checked_array("noise", noise, (steps, *shape)))
     if params is None:
         params = checkpoints.load_params(cfg)
 
-    texts = prompts
+    if prompt_embeds is None:
+        prompt_embeds = prompt_vectors(cfg, params, prompts, audio_prompt, sampling["audio_prompt_weight"])
+    embeds = np.repeat(prompt_embeds, takes, axis=0)
     if sampling["guidance_scale"] > 1:
-        negative = sampling["negative_prompt"] or ""
-        texts = ([negative] * n if isinstance(negative, str) else list(negative)) + prompts
-    distinct = list(dict.fromkeys(texts))
-    embeds = encode_prompt(cfg, params, distinct)[[distinct.index(text) for text in texts]]
+        if negative_embeds is None:
+            negative = sampling["negative_prompt"] or ""
+            negative_embeds = encode_prompt(cfg, params, [negative] * n if isinstance(negative, str) else negative)
+        embeds = np.concatenate((np.repeat(negative_embeds, takes, axis=0), embeds))
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     unet_params, unet_cfg = mindspore.mutable(params["unet"]), frozen(cfg["unet"])
     unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
     channels = cfg["unet"]["block_out_channels"][0]
 
     def eps_fn(x, t):
-        return guided_noise(x, to_tensor(cfg, timestep_embedding([t], channels)), embeds, scale, unet_params, unet_cfg)
+        return guided_noise(x, to_tensor(cfg, timestep_embedding([t], channels)), embeds, scale, unet_params, unet_cfg,
+                            loop)
 
     timesteps, alphas = ddim_timesteps(steps, cfg["schedule"]), alphas_cumprod(cfg["schedule"])
     final_alpha = 1.0 if cfg["schedule"]["set_alpha_to_one"] else alphas[0]
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     x = to_tensor(cfg, x.transpose(0, 2, 3, 1))
-    for i, x in enumerate(ddim(eps_fn, x, timesteps, alphas, final_alpha, eta=eta, noise=noise)):
+    for i, x in enumerate(ddim(eps_fn, x, timesteps, alphas, final_alpha, eta=sampling["eta"], noise=noise)):
+        latents = to_numpy(x).transpose(0, 3, 1, 2)
+        if not np.isfinite(latents).all():
+            raise InputError(f"the latents hold NaN or Inf after step {i + 1} of {len(timesteps)}: the weights, the "
+                             "latents or the dtype are at fault")
         if callback is not None and i % sampling["callback_steps"] == 0:
-            callback(i, int(timesteps[i]), to_numpy(x).transpose(0, 3, 1, 2))
-    result = to_numpy(x).transpose(0, 3, 1, 2)
+            callback(i, int(timesteps[i]), latents)
 
-    if sampling["output_type"] != "latent":
-        result = decode_latents(cfg, params, result)
-    if sampling["output_type"] == "np":
-        result = vocode(cfg, params, result)[:, :samples]
-    if not np.isfinite(result).all():
-        raise InputError("the result holds NaN or Inf: the weights, the latents or the dtype are at fault")
-    return result
+    if sampling["output_type"] == "latent":
+        return latents
+    mel = decode_latents(cfg, params, latents, loop)
+    if sampling["output_type"] == "mel":
+        return mel
+    audio = vocode(cfg, params, mel, loop)[:, :samples]
+    return audio if takes == 1 else audio[rank(cfg, params, prompt_embeds, audio)[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-def output_paths(out, n, samples):
-    """One path, or n numbered ones; an InputError now if n clips could not be written there when they are ready."""
-    path = pathlib.Path(out)
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--out {out}: unknown format {path.suffix!r}; valid endings: {', '.join(FORMATS)}")
-    paths = [path] if n == 1 else [path.with_name(f"{path.stem}_{i + 1}{path.suffix}") for i in range(n)]
+def numbered(path, name):
+    """The path with a number, or several, before its ending."""
+    path = pathlib.Path(path)
+    return path.with_name(f"{path.stem}{name}{path.suffix}")
+
+
+def check_output(flag, paths, formats, size):
+    """An InputError now if files could not be written there when they are ready; `size` is in bytes."""
+    path = max(paths, key=lambda path: len(os.fsencode(path.name)))
+    if path.suffix.lower() not in formats:
+        raise InputError(f"{flag} {path}: unknown format {path.suffix!r}; valid endings: {', '.join(formats)}")
     if any(os.path.isdir(path) for path in paths) or not os.path.isdir(path.parent):
-        raise InputError(f"--out {out}: valid is a file name in a folder that exists")
-    if len(os.fsencode(paths[-1].name)) > 240:
-        raise InputError(f"--out {out}: the file name is too long; valid: up to 240 bytes")
+        raise InputError(f"{flag} {path}: valid is a file name in a folder that exists")
+    if len(os.fsencode(path.name)) > 240:
+        raise InputError(f"{flag} {path}: the file name is too long; valid: up to 240 bytes")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as file:  # has no name, so that nothing can be left behind
-            file.write(bytes(2 * n * samples))
+            file.write(bytes(size))
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    return paths
+        raise InputError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
-def write_audio(paths, audio, rate):
-    """Every waveform or none: encoded and written beside its path under another name, and then all are renamed."""
-    parts = [path.with_name(f".{os.getpid()}.{i}.part") for i, path in enumerate(paths)]
+def write_files(contents):
+    """{path: bytes}, every file or none: written beside its path under another name, and then all are renamed."""
+    parts = {path: path.with_name(f".{os.getpid()}.{i}.part") for i, path in enumerate(contents)}
     try:
-        for path, part, waveform in zip(paths, parts, audio):
-            buffer = io.BytesIO()
-            with soundfile.SoundFile(buffer, "w", rate, 1, format=path.suffix[1:]) as file:
-                for start in range(0, len(waveform), 10 * rate):  # libsndfile crashes on 3 minutes of ogg at once
-                    file.write(waveform[start:start + 10 * rate])
-            part.write_bytes(buffer.getvalue())
-        for path, part in zip(paths, parts):
+        for path, part in parts.items():
+            part.write_bytes(contents[path])
+        for path, part in parts.items():
             os.replace(part, path)
     except OSError as error:
-        raise InputError(f"--out {paths[0]}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        for part in parts:
+        for part in parts.values():
             part.unlink(missing_ok=True)
 
 
-def progress_line(steps):
+def audio_bytes(waveform, rate, ending):
+    """A file of a waveform (samples,) in one of FORMATS."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, 1, format=ending[1:]) as file:
+        for start in range(0, len(waveform), 10 * rate):  # libsndfile crashes on 3 minutes of ogg at once
+            file.write(waveform[start:start + 10 * rate])
+    return buffer.getvalue()
+
+
+def spectrogram_bytes(mel, seconds):
+    """A PNG of a log-mel spectrogram (frames, bands): time to the right, low bands below, the axes' sizes as caption."""
+    low, high = float(mel.min()), float(mel.max())
+    level = (mel.T[::-1] - low) / max(high - low, 1e-6)
+    colours = np.stack([np.interp(level, np.linspace(0, 1, 5), channel) for channel in zip(*COLOURS)], axis=-1)
+    picture = Image.fromarray(colours.astype(np.uint8)).resize((max(len(mel), 400), 4 * mel.shape[1]), Image.Resampling.NEAREST)
+    page = Image.new("RGB", (picture.width, picture.height + 16), "white")
+    page.paste(picture)
+    caption = f"{seconds:.2f} s ({len(mel)} frames) x {mel.shape[1]} mel bands, log {low:.1f} to {high:.1f}"
+    ImageDraw.Draw(page).text((4, picture.height + 2), caption, fill="black")
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def progress_line(name, evaluations):
     """A generate() callback that reports each step on standard error, rewriting one line if that is a terminal."""
     start, live = time.perf_counter(), sys.stderr.isatty()
     times = []
@@ -631,47 +844,71 @@ def progress_line(steps):
         times.append(time.perf_counter() - start)
         # the first step also compiles the graph: it does not tell what the others take
         each = (times[-1] - times[0]) / step if step else times[0]
-        left = f"  {each * (steps - step - 1):.0f} s left" if step else ""
-        text = f"step {step + 1}/{steps}  {each:.2f} s a step{left}"
-        print(f"\r{text}\033[K" if live else text, end="\n" if not live or step + 1 == steps else "", file=sys.stderr,
-              flush=True)
+        left = f"  {each * (evaluations - step - 1):.0f} s left" if step else ""
+        text = f"{name}step {step + 1}/{evaluations}  {each:.2f} s a step{left}"
+        print(f"\r{text}\033[K" if live else text, end="\n" if not live or step + 1 == evaluations else "",
+              file=sys.stderr, flush=True)
 
     return report
 
 
 def read_prompts(args):
-    prompts = list(args.prompt)
+    """{number: prompt}: the prompts from 1 on, or the lines of the file that are not blank by their number."""
+    if args.prompt and args.prompts_file:
+        raise InputError("--prompt stands beside --prompts-file; valid: one or the other")
+    prompts = dict(enumerate(args.prompt, 1))
     if args.prompts_file:
         try:
-            text = pathlib.Path(args.prompts_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            lines = pathlib.Path(args.prompts_file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        except OSError as error:
             raise InputError(f"--prompts-file {args.prompts_file}: {checkpoints.one_line(error)}") from None
-        prompts += [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise InputError("no prompt; valid: --prompt TEXT, once or more, or --prompts-file FILE with a prompt a line")
-    return checked_prompts(prompts)
+        for number, line in enumerate(lines, 1):
+            try:
+                prompts[number] = line.decode().strip()
+            except UnicodeDecodeError as error:
+                raise InputError(f"--prompts-file {args.prompts_file}, line {number}: {error}; valid: UTF-8") from None
+        prompts = {number: text for number, text in prompts.items() if text}
+    if not prompts and not args.audio_prompt:
+        raise InputError("no prompt; valid: --prompt TEXT, once or more, --prompts-file FILE with a prompt a line, or "
+                         "--audio-prompt FILE")
+    if prompts:
+        checked_prompts(list(prompts.values()))
+    return prompts
 
 
 def parse_arguments(argv):
     def fail(message):
         raise InputError(message)
 
+    def count(text):
+        if not re.fullmatch("[1-9][0-9]{0,8}", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+        return int(text)
+
     parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to play; may be repeated")
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
+    parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; files are named by line and seed")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts")
+    parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
     shortcuts = {"--seconds": "sampling.audio_length_in_s", "--steps": "sampling.num_inference_steps",
-                 "--guidance": "sampling.guidance_scale", "--eta": "sampling.eta", "--seed": "sampling.seed",
-                 "--device": "device", "--dtype": "dtype"}
+                 "--guidance": "sampling.guidance_scale", "--scheduler": "sampling.scheduler", "--eta": "sampling.eta",
+                 "--seed": "sampling.seed", "--waveforms": "sampling.num_waveforms_per_prompt",
+                 "--audio-prompt-weight": "sampling.audio_prompt_weight", "--device": "device", "--dtype": "dtype"}
     for flag, key in shortcuts.items():
         parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
                             type=lambda value, key=key: f"{key}={value}")
+    parser.add_argument("--loop", dest="set", action="append_const", const="sampling.loop=true",
+                        help="a clip that repeats without a seam")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any other config key")
     parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
     parser.add_argument("--weights", metavar="DIR|HUB-ID|random", help="checkpoint folder, hub id or random weights")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
     parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending")
+    parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once")
+    parser.add_argument("--resume", action="store_true", help="skip what is written already")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser.parse_args(argv)
 
@@ -682,31 +919,82 @@ def run(argv):
     say = (lambda *values: None) if args.quiet else lambda *values: print(*values, flush=True)
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set)
-    options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-    sampling = checked_options(cfg, options, len(prompts))
+    texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
+    if args.interpolate and len(prompts) != 2:
+        raise InputError(f"--interpolate stands beside {len(prompts)} prompts; valid: two")
+    sampling = checked_options(cfg, {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}, n)
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
-    seconds, rate = sampling["audio_length_in_s"], cfg["vocoder"]["sampling_rate"]
-    paths = output_paths(args.out, len(prompts), clip_size(cfg, seconds)[0])
+    takes, loop, weight = (sampling["num_waveforms_per_prompt"], sampling["loop"], sampling["audio_prompt_weight"])
+    heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
+    samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
+    rate, timesteps = cfg["vocoder"]["sampling_rate"], ddim_timesteps(sampling["num_inference_steps"], cfg["schedule"])
+    seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
+    negative = sampling["negative_prompt"] or ""
+    negatives = [negative] * n if isinstance(negative, str) else negative
 
-    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, "
+    if args.prompts_file:
+        names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), seeds)]
+    else:
+        names = ["".join(f"_{i + 1}" for i, count in ((row // takes, n), (row % takes, takes)) if count > 1)
+                 for row in range(n * takes)]
+    paths = [numbered(args.out, name) for name in names]
+    check_output("--out", paths, FORMATS, 2 * samples * max(takes, args.batch))
+    if args.spectrogram:
+        check_output("--spectrogram", [numbered(args.spectrogram, name) for name in names], (".png",), 1)
+    check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
+
+    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {samples / rate:g} s, "
         f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
         f"seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     params = checkpoints.load_params(cfg)
-    if not args.quiet:
-        options |= {"callback": progress_line(sampling["num_inference_steps"]), "callback_steps": 1}
-    audio = generate(cfg, prompts, params, **options)
-    write_audio(paths, audio, rate)
-    for path, waveform in zip(paths, audio):
-        say(f"{path}  {len(waveform) / rate:.2f} s")
+    if args.interpolate:
+        way = interpolate(*prompt_vectors(cfg, params, texts, heard, weight), n)
+
+    written, together = 0, max(1, args.batch // takes)
+    # each process of msrun takes whole batches, so that no file depends on how many processes there are
+    for first in range(together * int(os.environ.get("RANK_ID", 0)), n, together * int(os.environ.get("RANK_SIZE", 1))):
+        last = min(first + together, n)
+        rows = range(first * takes, last * takes)
+        if args.resume and all(paths[row].exists() for row in rows):
+            continue
+        embeds = (way[first:last] if args.interpolate else
+                  prompt_vectors(cfg, params, texts[first:last] if prompts else None, heard, weight))
+        toward = np.repeat(embeds, takes, axis=0)
+        away = np.repeat(encode_prompt(cfg, params, negatives[first:last]), takes, axis=0)
+        mel = []
+        for i in range(0, len(rows), args.batch):
+            some = slice(i, i + args.batch)
+            name = f"{rows[i] + 1}/{n * takes}  " if n * takes > 1 else ""
+            mel.append(generate(cfg, None, params, prompt_embeds=toward[some], negative_prompt_embeds=away[some],
+                                negative_prompt=None, seed=[seeds[row] for row in rows[some]], num_waveforms_per_prompt=1,
+                                callback=None if args.quiet else progress_line(name, len(timesteps)), callback_steps=1,
+                                output_type="mel"))
+        mel = np.concatenate(mel)
+        audio = vocode(cfg, params, mel, loop)[:, :samples]
+        order, scores = rank(cfg, params, embeds, audio) if takes > 1 else (range(len(rows)), [None] * len(rows))
+        files, lines = {}, []
+        for place, row, score in zip(rows, order, scores):
+            at = rows[row] if args.prompts_file else place  # a name tells the seed, or else the place among the takes
+            files[paths[at]] = audio_bytes(audio[row], rate, paths[at].suffix)
+            if args.spectrogram:
+                files[numbered(args.spectrogram, names[at])] = spectrogram_bytes(mel[row], samples / rate)
+            lines.append(f"{paths[at]}  {samples / rate:.2f} s  seed {seeds[rows[row]]}"
+                         + ("" if score is None else f"  score {score:.3f}"))
+        write_files(files)
+        written += len(lines)
+        say("\n".join(lines))
     took = time.perf_counter() - start
-    say(f"{took:.1f} s in all, {took / (audio.size / rate):.2f} s for each second of audio")
+    each = f", {took * rate / (written * samples):.2f} s for each second of audio" if written else ", nothing to do"
+    say(f"{took:.1f} s in all{each}")
 
 
 def main(argv=None):
     """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C."""
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        return 0  # msrun starts the command once more than it has workers, to let them find each other: nothing to do
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -716,7 +1004,7 @@ def main(argv=None):
         print(f"musicldm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nmusicldm: interrupted, nothing written", file=sys.stderr)
+        print("\nmusicldm: interrupted; the files that are written are whole", file=sys.stderr)
         return 130
     return 0
 
