@@ -24,10 +24,11 @@ import numpy as np
 import soundfile
 import yaml
 from mindspore import Tensor, ops
+from scipy import signal as dsp
 
 import weights as checkpoints
 from layers import (bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, leaky_relu, linear, resnet, spatial_transformer, tanh)
+                    layer_norm, leaky_relu, linear, patch_merging, resnet, spatial_transformer, swin_block, tanh)
 from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -279,6 +280,34 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
     return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
 
 
+@mindspore.jit
+def clap_audio(x, audio_encoder, audio_projection, cfg):
+    """CLAP's audio tower (HTSAT, Chen et al., 2022) and projection: x (N, frames, mels) -> (N, projection_dim).
+
+    x is a log-mel spectrogram whose spec_size ** 2 / mels frames fill the square image that it is folded into.
+    transformers' ClapModel.get_audio_features after its interpolation, before it is normalised.
+    """
+    n, frames, mels = x.shape
+    p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
+    x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
+    p, size = audio_encoder["patch_embed.proj"], cfg["spec_size"] // patch
+    # successive parts of the time axis come one below the other in the image
+    x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    x = linear(x.reshape(n, size * size, patch * patch), p["weight"].reshape(-1, patch * patch), p["bias"])
+    x = layer_norm(x, **audio_encoder["patch_embed"]["norm"], eps=1e-5)
+    for stage in range(len(cfg["depths"])):
+        p = audio_encoder["layers." + str(stage)]
+        for i in range(cfg["depths"][stage]):
+            x = swin_block(x, p["blocks." + str(i)], size=size, window=window, eps=cfg["layer_norm_eps"],
+                           shift=window // 2 if i % 2 == 1 and size > window else 0,
+                           heads=cfg["num_attention_heads"][stage])
+        if "downsample" in p:
+            x = patch_merging(x, p["downsample"], size=size)
+            size = size // 2
+    x = layer_norm(x, **audio_encoder["norm"], eps=1e-5).mean(1)
+    return linear(ops.relu(linear(x, **audio_projection["linear1"])), **audio_projection["linear2"])
+
+
 def unet(x, timestep, class_labels, p, cfg):
     """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in x at a timestep, given CLAP vectors.
 
@@ -427,6 +456,63 @@ def ddim(eps_fn, x, timesteps, alphas, final_alpha, *, eta=0.0, noise=None):
         yield x
 
 
+# ------------------------------------------------------------------------------------------------------ audio features
+
+def resample(audio, rate, new_rate):
+    """Audio (..., samples) at one integer rate in Hz -> (..., ceil(samples * new_rate / rate)) at another, float64.
+
+    The low-pass filter is flat up to 0.913 of the lower rate's Nyquist frequency and 126 dB down above it, like soxr's
+    HQ, with which the reference resamples: CLAP's bands above 8 kHz hear of 16 kHz audio only what the filter leaks.
+    """
+    up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
+    nyquist = 1 / max(up, down)  # of the lower rate, as a share of that of the rate at which the filter runs
+    taps, beta = dsp.kaiserord(126, (1 - 0.913) * nyquist)
+    lowpass = dsp.firwin(taps | 1, (1 + 0.913) / 2 * nyquist, window=("kaiser", beta))
+    return dsp.resample_poly(np.asarray(audio, np.float64), up, down, axis=-1, window=lowpass)
+
+
+def mel_filters(extractor):
+    """Slaney's mel bands (Auditory Toolbox, 1998), each of area 1: (fft_window_size / 2 + 1, feature_size) float64."""
+    def mel(hertz):  # linear up to 1000 Hz, 27 bands to a factor of 6.4 above
+        return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
+
+    mels = np.linspace(mel(extractor["frequency_min"]), mel(extractor["frequency_max"]), extractor["feature_size"] + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    bins = np.fft.rfftfreq(extractor["fft_window_size"], 1 / extractor["sampling_rate"])[:, None]
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre))
+    return np.maximum(triangles, 0) * 2 / (high - low)
+
+
+def clap_features(cfg, waveforms):
+    """Waveforms, a list of (samples,) at the extractor's rate -> log-mel power in dB, np.float32 (n, 1, frames, bands).
+
+    transformers' ClapFeatureExtractor ("repeatpad"), but longer audio gives its first nb_max_samples, not random ones.
+    """
+    extractor = cfg["feature_extractor"]
+    length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
+    window, filters, features = dsp.get_window("hann", size), mel_filters(extractor), []
+    for waveform in checked_audio(waveforms):
+        waveform = np.tile(waveform[:length].astype(np.float64), max(1, length // len(waveform)))
+        waveform = np.pad(np.pad(waveform, (0, length - len(waveform))), size // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
+        power = np.abs(np.fft.rfft(frames * window)) ** 2
+        features.append(10 * np.log10(np.maximum(power @ filters, 1e-10)))
+    return np.stack(features)[:, None].astype(np.float32)
+
+
+def stretch(x, frames):
+    """x (..., L, C) -> (..., frames, C): torch's bicubic interpolation (Keys, 1981, a = -0.75) with align_corners.
+
+    The places are rounded to float32, as there: it is all that the fractions of places near 1000 have.
+    """
+    length = x.shape[-2]
+    places = np.arange(frames, dtype=np.float32) * np.float32((length - 1) / (frames - 1))
+    d = np.abs(places[:, None] - np.arange(-1.0, length + 2))
+    kernel = np.where(d < 1, (1.25 * d - 2.25) * d ** 2 + 1, np.where(d < 2, ((3.75 - 0.75 * d) * d - 6) * d + 3, 0))
+    return kernel @ np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 2), (0, 0)], mode="edge")
+
+
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 def to_tensor(cfg, array):
@@ -449,6 +535,40 @@ def encode_prompt(cfg, params, prompts):
     x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
                            mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))
     return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def encode_audio(cfg, params, audio, sampling_rate=16000):
+    """CLAP's audio vectors, np.float32 (n, projection_dim), unit length, one waveform at a time.
+
+    audio: floating-point samples in [-1, 1], (samples,) or (n, samples), or a list of 1-D arrays of any lengths; the
+        first nb_max_samples, 10 s, count
+    sampling_rate: of the audio in Hz, an integer
+    Raises InputError, before the tower runs, for audio that is empty, not finite, or of another shape or type.
+    """
+    waveforms = checked_audio(audio)
+    if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
+        raise InputError(f"sampling_rate is {sampling_rate!r}; valid: an integer from 1000 to 192000")
+    extractor, tower, p = cfg["feature_extractor"], frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
+    encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
+    rate, width = extractor["sampling_rate"], tower["spec_size"] * (tower["spec_size"] // tower["num_mel_bins"])
+    # a second more than is heard, so that the end of the resampling does not show
+    longest = extractor["nb_max_samples"] * sampling_rate // rate + sampling_rate
+    vectors = []
+    for waveform in waveforms:
+        features = clap_features(cfg, [resample(waveform[:longest], sampling_rate, rate)])
+        x = to_tensor(cfg, stretch(features[:, 0], width))
+        vectors.append(to_numpy(clap_audio(x, encoder, projection, tower)))
+    x = np.concatenate(vectors)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def score(cfg, params, prompts, audio, sampling_rate=16000):
+    """The cosines of CLAP's text and audio vectors, np.float32 (prompts, waveforms): how well each fits each.
+
+    prompts as in `encode_prompt`, audio and sampling_rate as in `encode_audio`
+    """
+    prompts, audio = checked_prompts(prompts), checked_audio(audio)
+    return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
 
 
 def decode_latents(cfg, params, latents):
@@ -492,6 +612,22 @@ def checked_array(name, value, shape):
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or Inf; valid: finite numbers")
     return array
+
+
+def checked_audio(audio):
+    """A list of (samples,) arrays, each with a finite floating-point sample or more."""
+    try:
+        several = isinstance(audio, (list, tuple)) or np.ndim(audio) == 2
+        arrays = [np.asarray(x) for x in (audio if several else [audio])]
+    except ValueError:
+        raise InputError("audio is not an array; valid: (samples,), (n, samples), or a list of 1-D arrays") from None
+    for x in arrays or [np.zeros(0)]:
+        if x.dtype.kind != "f" or x.ndim != 1 or not x.size:
+            raise InputError(f"audio has the shape {x.shape} and the type {x.dtype}; valid: floating-point samples, "
+                             "(samples,) or (n, samples), or a list of 1-D arrays")
+        if not np.isfinite(x).all():
+            raise InputError("audio holds NaN or Inf; valid: finite numbers")
+    return arrays
 
 
 def checked_prompts(prompt):
