@@ -277,14 +277,61 @@ def resnet(x, embedding, p, *, groups, eps, loop=False):
     return x + y
 
 
+def bert_attention(x, bias, p, *, heads):
+    """transformers' RobertaAttention without its norm: x (N, L, C), bias as in `attend`."""
+    q, k, v = (linear(x, **p["self"]["query"]), linear(x, **p["self"]["key"]), linear(x, **p["self"]["value"]))
+    return linear(attend(q, k, v, bias, heads=heads), **p["output"]["dense"])
+
+
 def bert_layer(x, bias, p, *, heads, eps):
     """transformers' RobertaLayer (norms after the residuals): x (N, L, C), attention bias (N, 1, 1, L)."""
-    q, k, v = (linear(x, **p["attention"]["self"]["query"]), linear(x, **p["attention"]["self"]["key"]),
-               linear(x, **p["attention"]["self"]["value"]))
-    y = linear(attend(q, k, v, bias, heads=heads), **p["attention"]["output"]["dense"])
+    y = bert_attention(x, bias, p["attention"], heads=heads)
     x = layer_norm(x + y, **p["attention"]["output"]["LayerNorm"], eps=eps)
     y = linear(gelu(linear(x, **p["intermediate"]["dense"])), **p["output"]["dense"])
     return layer_norm(x + y, **p["output"]["LayerNorm"], eps=eps)
+
+
+@constexpr
+def windows(size, window, shift):
+    """What attention in shifted windows (Liu et al., 2021, figure 4) reads, L = window * window, as Tensors.
+
+    The row of the flattened image (size * size) at each place of each window, and its inverse; the row of the table of
+    relative positions for each pair of places (L * L); and a bias (windows, 1, L, L) that parts what is no neighbour.
+    The image is rolled by `shift`, so that the last windows hold its first rows and columns too.
+    """
+    def split(image):
+        windowed = image.reshape(size // window, window, size // window, window).transpose(0, 2, 1, 3)
+        return windowed.reshape(-1, window * window)
+
+    rows = split(np.roll(np.arange(size * size).reshape(size, size), (-shift, -shift), (0, 1))).reshape(-1)
+    y, x = np.divmod(np.arange(window * window), window)
+    places = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    wrapped = np.arange(size) >= size - shift
+    region = split(2 * wrapped[:, None] + wrapped)
+    bias = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference
+    return (*(Tensor(x.reshape(-1).astype(np.int32)) for x in (rows, np.argsort(rows), places)),
+            Tensor(bias.astype(np.float32)))
+
+
+def swin_block(x, p, *, size, window, shift, heads, eps):
+    """transformers' ClapAudioLayer: x (N, size * size, C), each position attending to those in its window."""
+    n, l, c = x.shape
+    rows, inverse, places, parting = windows(size, window, shift)
+    y = ops.gather(layer_norm(x, **p["layernorm_before"], eps=eps), rows, 1).reshape(-1, window * window, c)
+    shape = (n, l // window ** 2, heads, window ** 2, window ** 2)
+    bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
+    bias = stretched(bias.reshape(1, 1, *shape[2:]), shape) + stretched(parting, shape)
+    y = bert_attention(y, bias.reshape(-1, *shape[2:]), p["attention"], heads=heads)
+    x = x + ops.gather(y.reshape(n, l, c), inverse, 1)
+    y = gelu(linear(layer_norm(x, **p["layernorm_after"], eps=eps), **p["intermediate"]["dense"]))
+    return x + linear(y, **p["output"]["dense"])
+
+
+def patch_merging(x, p, *, size):
+    """transformers' ClapAudioPatchMerging: x (N, size * size, C) -> (N, size * size / 4, 2 C)."""
+    n, _, c = x.shape
+    x = x.reshape(n, size // 2, 2, size // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(n, -1, 4 * c)
+    return linear(layer_norm(x, **p["norm"], eps=1e-5), **p["reduction"])
 
 
 def hifigan_block(x, p, *, kernel, dilations, slope):

@@ -26,10 +26,12 @@ import soundfile
 import yaml
 from PIL import Image, ImageDraw
 from mindspore import Tensor, ops
+from scipy import signal as dsp
 
 import weights as checkpoints
 from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, leaky_relu, linear, polyphase, resnet, spatial_transformer, tanh)
+                    layer_norm, leaky_relu, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block,
+                    tanh)
 from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -286,6 +288,34 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
     return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
 
 
+@mindspore.jit
+def clap_audio(x, audio_encoder, audio_projection, cfg):
+    """CLAP's audio tower (HTSAT, Chen et al., 2022) and projection: x (N, frames, mels) -> (N, projection_dim).
+
+    x is a log-mel spectrogram whose spec_size ** 2 / mels frames fill the square image that it is folded into.
+    transformers' ClapModel.get_audio_features after its interpolation, before it is normalised.
+    """
+    n, frames, mels = x.shape
+    p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
+    x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
+    p, size = audio_encoder["patch_embed.proj"], cfg["spec_size"] // patch
+    # successive parts of the time axis come one below the other in the image
+    x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    x = linear(x.reshape(n, size * size, patch * patch), p["weight"].reshape(-1, patch * patch), p["bias"])
+    x = layer_norm(x, **audio_encoder["patch_embed"]["norm"], eps=1e-5)
+    for stage in range(len(cfg["depths"])):
+        p = audio_encoder["layers." + str(stage)]
+        for i in range(cfg["depths"][stage]):
+            x = swin_block(x, p["blocks." + str(i)], size=size, window=window, eps=cfg["layer_norm_eps"],
+                           shift=window // 2 if i % 2 == 1 and size > window else 0,
+                           heads=cfg["num_attention_heads"][stage])
+        if "downsample" in p:
+            x = patch_merging(x, p["downsample"], size=size)
+            size = size // 2
+    x = layer_norm(x, **audio_encoder["norm"], eps=1e-5).mean(1)
+    return linear(ops.relu(linear(x, **audio_projection["linear1"])), **audio_projection["linear2"])
+
+
 def unet(x, timestep, class_labels, p, cfg, loop):
     """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in x at a timestep, given CLAP vectors.
 
@@ -437,6 +467,63 @@ def ddim(eps_fn, x, timesteps, alphas, final_alpha, *, eta=0.0, noise=None):
         yield x
 
 
+# ------------------------------------------------------------------------------------------------------ audio features
+
+def resample(audio, rate, new_rate):
+    """Audio (..., samples) at one integer rate in Hz -> (..., ceil(samples * new_rate / rate)) at another, float64.
+
+    The low-pass filter is flat up to 0.913 of the lower rate's Nyquist frequency and 126 dB down above it, like soxr's
+    HQ, with which the reference resamples: CLAP's bands above 8 kHz hear of 16 kHz audio only what the filter leaks.
+    """
+    up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
+    nyquist = 1 / max(up, down)  # of the lower rate, as a share of that of the rate at which the filter runs
+    taps, beta = dsp.kaiserord(126, (1 - 0.913) * nyquist)
+    lowpass = dsp.firwin(taps | 1, (1 + 0.913) / 2 * nyquist, window=("kaiser", beta))
+    return dsp.resample_poly(np.asarray(audio, np.float64), up, down, axis=-1, window=lowpass)
+
+
+def mel_filters(extractor):
+    """Slaney's mel bands (Auditory Toolbox, 1998), each of area 1: (fft_window_size / 2 + 1, feature_size) float64."""
+    def mel(hertz):  # linear up to 1000 Hz, 27 bands to a factor of 6.4 above
+        return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
+
+    mels = np.linspace(mel(extractor["frequency_min"]), mel(extractor["frequency_max"]), extractor["feature_size"] + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    bins = np.fft.rfftfreq(extractor["fft_window_size"], 1 / extractor["sampling_rate"])[:, None]
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre))
+    return np.maximum(triangles, 0) * 2 / (high - low)
+
+
+def clap_features(cfg, waveforms):
+    """Waveforms, a list of (samples,) at the extractor's rate -> log-mel power in dB, np.float32 (n, 1, frames, bands).
+
+    transformers' ClapFeatureExtractor ("repeatpad"), but longer audio gives its first nb_max_samples, not random ones.
+    """
+    extractor = cfg["feature_extractor"]
+    length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
+    window, filters, features = dsp.get_window("hann", size), mel_filters(extractor), []
+    for waveform in checked_audio(waveforms, extractor["sampling_rate"]):
+        waveform = np.tile(waveform[:length].astype(np.float64), max(1, length // len(waveform)))
+        waveform = np.pad(np.pad(waveform, (0, length - len(waveform))), size // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
+        power = np.abs(np.fft.rfft(frames * window)) ** 2
+        features.append(10 * np.log10(np.maximum(power @ filters, 1e-10)))
+    return np.stack(features)[:, None].astype(np.float32)
+
+
+def stretch(x, frames):
+    """x (..., L, C) -> (..., frames, C): torch's bicubic interpolation (Keys, 1981, a = -0.75) with align_corners.
+
+    The places are rounded to float32, as there: it is all that the fractions of places near 1000 have.
+    """
+    length = x.shape[-2]
+    places = np.arange(frames, dtype=np.float32) * np.float32((length - 1) / (frames - 1))
+    d = np.abs(places[:, None] - np.arange(-1.0, length + 2))
+    kernel = np.where(d < 1, (1.25 * d - 2.25) * d ** 2 + 1, np.where(d < 2, ((3.75 - 0.75 * d) * d - 6) * d + 3, 0))
+    return kernel @ np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 2), (0, 0)], mode="edge")
+
+
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 def to_tensor(cfg, array):
@@ -470,8 +557,40 @@ def encode_prompt(cfg, params, prompts):
     return np.stack([vectors[prompt] for prompt in prompts])
 
 
+def encode_audio(cfg, params, audio, sampling_rate=16000):
+    """CLAP's audio vectors, np.float32 (n, projection_dim), unit length, one waveform at a time.
+
+    audio: floating-point samples in [-1, 1], (samples,) or (n, samples), or a list of 1-D arrays of any lengths; the
+        first nb_max_samples, 10 s, count
+    sampling_rate: of the audio in Hz, an integer
+    Raises InputError, before the tower runs, for audio that is empty, not finite, or of another shape or type.
+    """
+    waveforms = checked_audio(audio, sampling_rate)
+    extractor, tower, p = cfg["feature_extractor"], frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
+    encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
+    rate, width = extractor["sampling_rate"], tower["spec_size"] * (tower["spec_size"] // tower["num_mel_bins"])
+    # a second more than is heard, so that the end of the resampling does not show
+    longest = extractor["nb_max_samples"] * sampling_rate // rate + sampling_rate
+    vectors = []
+    for waveform in waveforms:
+        features = clap_features(cfg, [resample(waveform[:longest], sampling_rate, rate)])
+        x = to_tensor(cfg, stretch(features[:, 0], width))
+        vectors.append(to_numpy(clap_audio(x, encoder, projection, tower)))
+    x = np.concatenate(vectors)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def score(cfg, params, prompts, audio, sampling_rate=16000):
+    """The cosines of CLAP's text and audio vectors, np.float32 (prompts, waveforms): how well each fits each.
+
+    prompts as in `encode_prompt`, audio and sampling_rate as in `encode_audio`
+    """
+    prompts, audio = checked_prompts(prompts), checked_audio(audio, sampling_rate)
+    return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
+
+
 def read_audio(cfg, audio):
-    """(mono float64 waveform (samples,), rate): of a file, of what soundfile.read returns, or of a generated waveform.
+    """(mono waveform (samples,), rate in Hz): of a file, of what soundfile.read returns, or of a generated waveform.
 
     audio: a path; (waveform, rate), the waveform (samples,) or (samples, channels); or a waveform at the vocoder's rate
     """
@@ -482,17 +601,12 @@ def read_audio(cfg, audio):
             with soundfile.SoundFile(audio) as file:
                 audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
         except (OSError, soundfile.SoundFileError) as error:
-            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}") from None
+            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a sound file that "
+                             "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
-    try:
-        waveform = np.asarray(waveform, np.float64)
-    except (TypeError, ValueError):
-        waveform = np.empty(0)
-    if not fits(rate, 1) or rate < 1 or waveform.ndim not in (1, 2) or not waveform.size or not np.isfinite(
-            waveform).all():
-        raise InputError("audio_prompt holds no usable audio; valid: a file, (waveform, sampling rate) as soundfile.read "
-                         "returns it, or a waveform: finite numbers, (samples,) or (samples, channels)")
-    return waveform if waveform.ndim == 1 else waveform.mean(axis=1), rate
+    if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
+        waveform = waveform.mean(axis=1)
+    return checked_audio([waveform], rate)[0], rate
 
 
 def decode_latents(cfg, params, latents, loop=False):
@@ -617,6 +731,24 @@ def checked_vectors(name, value, n, cfg):
     return array
 
 
+def checked_audio(audio, sampling_rate):
+    """A list of (samples,) arrays, each with a finite floating-point sample or more."""
+    if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
+        raise InputError(f"sampling_rate is {sampling_rate!r}; valid: an integer from 1000 to 192000")
+    try:
+        several = isinstance(audio, (list, tuple)) or np.ndim(audio) == 2
+        arrays = [np.asarray(x) for x in (audio if several else [audio])]
+    except ValueError:
+        raise InputError("audio is not an array; valid: (samples,), (n, samples), or a list of 1-D arrays") from None
+    for x in arrays or [np.zeros(0)]:
+        if x.dtype.kind != "f" or x.ndim != 1 or not x.size:
+            raise InputError(f"audio has the shape {x.shape} and the type {x.dtype}; valid: floating-point samples, "
+                             "(samples,) or (n, samples), or a list of 1-D arrays")
+        if not np.isfinite(x).all():
+            raise InputError("audio holds NaN or Inf; valid: finite numbers")
+    return arrays
+
+
 def checked_prompts(prompt):
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
@@ -650,8 +782,8 @@ def checked_options(cfg, options, n):
 def prompt_vectors(cfg, params, prompts=None, audio_prompt=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
-    Of the prompts (a text or a list of texts), of audio_prompt (see `read_audio`), or with both, of the normalised mixture
-    of each prompt with `weight` (0 to 1) of the audio. Trained on CLAP's audio vectors, the UNet takes either kind.
+    Of the prompts (a text or a list of texts), of audio_prompt (see `read_audio`), or with both, of the normalised
+    mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was trained on CLAP's audio vectors.
     """
     if audio_prompt is None:
         return encode_prompt(cfg, params, prompts)

@@ -21,7 +21,8 @@ import layers
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
           "vocoder": "model"}
-CONFIG_FILES = {**{model: f"{model}/config.json" for model in MODELS}, "schedule": "scheduler/scheduler_config.json"}
+CONFIG_FILES = {**{model: f"{model}/config.json" for model in MODELS}, "schedule": "scheduler/scheduler_config.json",
+                "feature_extractor": "feature_extractor/preprocessor_config.json"}
 TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt")
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
@@ -32,7 +33,10 @@ IMPLEMENTED = {
     "text_encoder.text_config": {"hidden_act": "gelu", "position_embedding_type": "absolute",
                                  "projection_hidden_act": "relu"},
     "text_encoder.audio_config": {"hidden_act": "gelu", "enable_fusion": False, "enable_patch_layer_norm": True,
-                                  "qkv_bias": True, "projection_hidden_act": "relu"},
+                                  "qkv_bias": True, "projection_hidden_act": "relu", "patch_size": 4,
+                                  "patch_stride": [4, 4], "patch_embed_input_channels": 1},
+    # the code takes the first samples of longer audio: rand_trunc's random ones would give another result each time
+    "feature_extractor": {"padding": "repeatpad", "truncation": "rand_trunc", "top_db": None},
     "unet": {"act_fn": "silu", "class_embed_type": "simple_projection", "class_embeddings_concat": True,
              "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "num_attention_heads": None,
              "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1, "downsample_padding": 1,
@@ -119,6 +123,7 @@ def check_architecture(cfg):
     """Refuse numbers that cannot be a network: an InputError that names them and says what would fit."""
     text, audio = cfg["text_encoder"]["text_config"], cfg["text_encoder"]["audio_config"]
     unet, vae, vocoder, schedule = cfg["unet"], cfg["vae"], cfg["vocoder"], cfg["schedule"]
+    extractor, mels, side, stages = cfg["feature_extractor"], audio["num_mel_bins"], audio["spec_size"], audio["depths"]
     channels, heads = unet["block_out_channels"], heads_by_level(unet)
 
     def positive(section, prefix):
@@ -130,7 +135,7 @@ def check_architecture(cfg):
     def rules():
         yield from positive({**text, "pad_token_id": 1}, "text_encoder.text_config")
         yield from positive(audio, "text_encoder.audio_config")
-        for section in ("unet", "vae", "vocoder"):
+        for section in ("feature_extractor", "unet", "vae", "vocoder"):
             yield from positive(cfg[section], section)
         for name in ("down_block_types", "up_block_types"):
             if len(unet[name]) != len(channels):
@@ -148,6 +153,24 @@ def check_architecture(cfg):
             yield f"text_encoder.text_config.num_attention_heads is not a divisor of hidden_size, {text['hidden_size']}"
         if not 0 <= text["pad_token_id"] <= text["max_position_embeddings"] - 4:
             yield f"text_encoder.text_config.pad_token_id is {text['pad_token_id']}; valid: 0 or more, small"
+        if len(audio["num_attention_heads"]) != len(stages) or any(
+                audio["patch_embeds_hidden_size"] * 2 ** i % h for i, h in enumerate(audio["num_attention_heads"])):
+            yield ("text_encoder.audio_config.num_attention_heads must have an entry for each of depths, a divisor of "
+                   "the stage's channels")
+        if audio["hidden_size"] != audio["patch_embeds_hidden_size"] * 2 ** (len(stages) - 1):
+            yield (f"text_encoder.audio_config.hidden_size is {audio['hidden_size']}; valid: patch_embeds_hidden_size, "
+                   "doubled after each stage but the last")
+        if side % mels or mels % audio["patch_size"] or side % (
+                audio["patch_size"] * audio["window_size"] * 2 ** (len(stages) - 1)):
+            yield (f"text_encoder.audio_config.spec_size is {side}; valid: a multiple of num_mel_bins, and in every "
+                   "stage of patch_size and window_size")
+        if extractor["feature_size"] != mels:
+            yield f"feature_extractor.feature_size is {extractor['feature_size']}; valid: num_mel_bins, {mels}"
+        if not extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
+            yield "feature_extractor.frequency_min, frequency_max and half the sampling_rate must lie in this order"
+        if extractor["nb_max_samples"] // extractor["hop_length"] >= side * (side // mels):
+            yield (f"feature_extractor.nb_max_samples is {extractor['nb_max_samples']}; valid: up to "
+                   f"{side * (side // mels)} frames")
         if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
                 k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):
             yield "vocoder.upsample_kernel_sizes must have an entry for each of upsample_rates, and none below it"
