@@ -24,8 +24,8 @@ import mindspore
 import numpy as np
 import soundfile
 import yaml
-from PIL import Image, ImageDraw
 from mindspore import Tensor, ops
+from PIL import Image, ImageDraw
 from scipy import signal as dsp
 
 import weights as checkpoints
@@ -601,7 +601,7 @@ def read_audio(cfg, audio):
             with soundfile.SoundFile(audio) as file:
                 audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
         except (OSError, soundfile.SoundFileError) as error:
-            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a sound file that "
+            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
@@ -631,8 +631,8 @@ def hifigan_reach(vocoder):
 def vocode(cfg, params, mel, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
-    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). Longer spectrograms
-    go through the vocoder by windows of so many frames, overlapping by what a sample depends on: the result is the same.
+    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). A longer spectrogram
+    than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
     hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
@@ -703,7 +703,7 @@ def take_seeds(seed, prompts, takes):
 
 
 def standard_normal(seeds, draw, size):
-    """The unit normal noise of one draw of a run, float32 (n, *size): each waveform's follows from its own seed alone."""
+    """The unit normal noise of one draw of a run, float32 (n, *size): each waveform's follows from its own seed."""
     streams = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
     return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
 
@@ -795,7 +795,7 @@ def prompt_vectors(cfg, params, prompts=None, audio_prompt=None, weight=0.5):
 
 
 def interpolate(start, end, n):
-    """n unit vectors, float32 (n, d), evenly along the great circle from `start` to `end`, (d,) each (Shoemake, 1985)."""
+    """n unit vectors, float32 (n, d), along the great circle from `start` (d,) to `end` (d,) (Shoemake, 1985)."""
     angle = math.acos(np.clip(np.dot(start, end), -1, 1))
     if angle < 1e-4:  # one point
         return np.tile(np.float32(start), (n, 1))
@@ -827,9 +827,9 @@ def generate(cfg, prompt=None, params=None, **options):
         noise: what the sampler mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
         callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...; may raise to stop
     With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
-    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the seed.
-    With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents, in the
-    order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
+    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
+    seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
+    both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
     Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
     """
     prompts = None if prompt is None else checked_prompts(prompt)
@@ -953,11 +953,12 @@ def audio_bytes(waveform, rate, ending):
 
 
 def spectrogram_bytes(mel, seconds):
-    """A PNG of a log-mel spectrogram (frames, bands): time to the right, low bands below, the axes' sizes as caption."""
+    """A PNG of a log-mel spectrogram (frames, bands): time to the right, low bands below, the axes' sizes beneath."""
     low, high = float(mel.min()), float(mel.max())
     level = (mel.T[::-1] - low) / max(high - low, 1e-6)
     colours = np.stack([np.interp(level, np.linspace(0, 1, 5), channel) for channel in zip(*COLOURS)], axis=-1)
-    picture = Image.fromarray(colours.astype(np.uint8)).resize((max(len(mel), 400), 4 * mel.shape[1]), Image.Resampling.NEAREST)
+    picture = Image.fromarray(colours.astype(np.uint8))
+    picture = picture.resize((max(len(mel), 400), 4 * mel.shape[1]), Image.Resampling.NEAREST)
     page = Image.new("RGB", (picture.width, picture.height + 16), "white")
     page.paste(picture)
     caption = f"{seconds:.2f} s ({len(mel)} frames) x {mel.shape[1]} mel bands, log {low:.1f} to {high:.1f}"
@@ -1054,7 +1055,8 @@ def run(argv):
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
     if args.interpolate and len(prompts) != 2:
         raise InputError(f"--interpolate stands beside {len(prompts)} prompts; valid: two")
-    sampling = checked_options(cfg, {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}, n)
+    options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    sampling = checked_options(cfg, options, n)
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
     takes, loop, weight = (sampling["num_waveforms_per_prompt"], sampling["loop"], sampling["audio_prompt_weight"])
@@ -1101,9 +1103,9 @@ def run(argv):
             some = slice(i, i + args.batch)
             name = f"{rows[i] + 1}/{n * takes}  " if n * takes > 1 else ""
             mel.append(generate(cfg, None, params, prompt_embeds=toward[some], negative_prompt_embeds=away[some],
-                                negative_prompt=None, seed=[seeds[row] for row in rows[some]], num_waveforms_per_prompt=1,
-                                callback=None if args.quiet else progress_line(name, len(timesteps)), callback_steps=1,
-                                output_type="mel"))
+                                negative_prompt=None, seed=[seeds[row] for row in rows[some]],
+                                num_waveforms_per_prompt=1, output_type="mel", callback_steps=1,
+                                callback=None if args.quiet else progress_line(name, len(timesteps))))
         mel = np.concatenate(mel)
         audio = vocode(cfg, params, mel, loop)[:, :samples]
         order, scores = rank(cfg, params, embeds, audio) if takes > 1 else (range(len(rows)), [None] * len(rows))
