@@ -32,7 +32,8 @@ from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16"),
-           "sampling.output_type": ("np", "mel", "latent")}
+           "sampling.output_type": ("np", "mel", "latent"),
+           "sampling.scheduler": ("ddim", "dpm", "pndm", "lms", "heun", "euler", "euler_ancestral")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf)}
@@ -377,12 +378,23 @@ def hifigan(mel, p, cfg):
     return tanh(x.reshape(x.shape[:2]))
 
 
-# --------------------------------------------------------------------------------------------------------------- DDIM
+# --------------------------------------------------------------------------------------------------------- schedulers
+# Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
+#   eps_fn(x, t) predicts the noise in x at timestep t, where x has unit variance if the signal has
+#   x is unit normal noise, of any array type; it is not changed
+#   timesteps are scheduler_timesteps'; alphas[t] is the share of signal at timestep t, alphas_cumprod's
+#   final_alpha is that share after the last step; noise is an iterator of unit normal arrays like x
 
-def ddim_timesteps(steps, schedule):
-    """diffusers' "leading" spacing: `steps` integers from high to low."""
-    train = schedule["num_train_timesteps"]
-    return np.arange(steps)[::-1] * (train // steps) + schedule["steps_offset"]
+def scheduler_timesteps(scheduler, steps, schedule):
+    """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
+
+    There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice.
+    """
+    count = steps + 1 if scheduler == "dpm" else steps  # dpm spaces one more and leaves out the last
+    timesteps = np.arange(count)[::-1][:steps] * (schedule["num_train_timesteps"] // count) + schedule["steps_offset"]
+    if scheduler == "pndm":
+        return np.concatenate([timesteps[:2], timesteps[1:]])
+    return np.repeat(timesteps, 2)[1:] if scheduler == "heun" else timesteps
 
 
 def alphas_cumprod(schedule):
@@ -408,23 +420,123 @@ def timestep_embedding(timesteps, channels):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def ddim(eps_fn, x, timesteps, alphas, final_alpha, *, eta=0.0, noise=None):
-    """Yield x after each step of DDIM (Song et al., 2020, equations 12 and 16).
+def ddim_step(x, eps, alpha, previous, sigma=0.0):
+    """x with the share `alpha` of signal and the noise eps -> with the share `previous`, sigma of noise left to add."""
+    clean = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+    return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
 
-    eps_fn(x, t) predicts the noise in x; alphas[t] is the share of signal at timestep t, final_alpha after the last
-    step; noise is an iterator of unit normal arrays like x, read when eta > 0. Works on any array type.
-    """
+
+def ddim(eps_fn, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None):
+    """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
     step = len(alphas) // len(timesteps)
     for t in timesteps:
-        alpha = float(alphas[t])
-        previous = float(alphas[t - step]) if t >= step else float(final_alpha)
-        eps = eps_fn(x, int(t))
-        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+        alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
-        x = previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
+        x = ddim_step(x, eps_fn(x, int(t)), alpha, previous, sigma)
         if eta > 0:
             x = x + sigma * next(noise)
         yield x
+
+
+def multistep_weights(nodes, end):
+    """Adams-Bashforth on uneven nodes: [w], so that sum(w * f(node)) is the integral of f from nodes[0] to `end` for
+    every polynomial f of a lower degree than there are nodes."""
+    first, powers = nodes[0], np.arange(len(nodes))
+    scaled = (np.asarray(nodes, np.float64) - first) / (end - first)
+    return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
+
+
+def pndm(eps_fn, x, timesteps, alphas, *, final_alpha):
+    """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
+
+    The first step is taken twice: the second time with the mean of the noise at both of its ends.
+    """
+    step, history = len(alphas) // max(1, len(timesteps) - 1), ()
+    for i, t in enumerate(timesteps):
+        eps = eps_fn(x, int(t))
+        if i == 1:
+            x, t, eps = start, t + step, (eps + history[0]) / 2
+        else:
+            start, history = x, (eps, *history[:3])
+            eps = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
+        x = ddim_step(x, eps, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
+        yield x
+
+
+def in_sigma_scale(eps_fn, x, timesteps, alphas):
+    """Karras et al. (2022, arXiv 2206.00364): x as the signal plus sigma times unit noise, so that dx / dsigma = eps.
+
+    Returns eps_fn(x, t, sigma) and x in that scale, and sigmas, a float a timestep and 0 after the last.
+    """
+    alphas = np.asarray(alphas, np.float64)[timesteps]
+    sigmas = [*(((1 - alphas) / alphas) ** 0.5).tolist(), 0.0]
+    return (lambda x, t, sigma: eps_fn(x / (sigma ** 2 + 1) ** 0.5, int(t))), x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
+
+
+def dpm(eps_fn, x, timesteps, alphas):
+    """DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095, algorithm 2); the first and last step are of first order."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        clean = x - sigma * eps_fn(x, t, sigma)
+        target = clean
+        if 0 < i < len(timesteps) - 1:
+            target = clean + math.log(sigma / following) / math.log(sigmas[i - 1] / sigma) / 2 * (clean - previous)
+        x, previous = following / sigma * x + (1 - following / sigma) * target, clean
+        yield x / (following ** 2 + 1) ** 0.5
+
+
+def lms(eps_fn, x, timesteps, alphas):
+    """Linear multistep of order 4 in sigma, as in K. Crowson's k-diffusion on the equation of Karras et al. (2022)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    history = ()
+    for i, t in enumerate(timesteps):
+        history = (eps_fn(x, t, sigmas[i]), *history[:3])
+        weights = multistep_weights(sigmas[i::-1][:4], sigmas[i + 1])
+        x = x + sum(w * eps for w, eps in zip(weights, history))
+        yield x
+
+
+def heun(eps_fn, x, timesteps, alphas):
+    """Heun's method in sigma (Karras et al., 2022, algorithm 1): yields the Euler step, then its correction."""
+    timesteps = timesteps[::2]
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        eps = eps_fn(x, t, sigma)
+        predicted = x + (following - sigma) * eps
+        yield predicted
+        if following > 0:
+            x = x + (following - sigma) / 2 * (eps + eps_fn(predicted, timesteps[i + 1], following))
+            yield x
+
+
+def euler(eps_fn, x, timesteps, alphas):
+    """Euler's method in sigma (Karras et al., 2022)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
+        x = x + (following - sigma) * eps_fn(x, t, sigma)
+        yield x
+
+
+def euler_ancestral(eps_fn, x, timesteps, alphas, *, noise):
+    """Euler's method down past the next sigma, then fresh noise up to it: as k-diffusion, after Ho et al. (2020)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
+        x = x + (following ** 2 / sigma - sigma) * eps_fn(x, t, sigma)
+        x = x + following * (1 - (following / sigma) ** 2) ** 0.5 * next(noise)
+        yield x
+
+
+SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, "euler": euler,
+              "euler_ancestral": euler_ancestral}
+
+
+def sampler(scheduler, schedule, eta, noise):
+    """The scheduler as a function of (eps_fn, x, timesteps), with what it takes of eta, noise and the schedule."""
+    alphas = alphas_cumprod(schedule)
+    final_alpha = 1.0 if schedule["set_alpha_to_one"] else alphas[0]
+    needs = {"ddim": {"final_alpha": final_alpha, "eta": eta, "noise": noise}, "pndm": {"final_alpha": final_alpha},
+             "euler_ancestral": {"noise": noise}}
+    return functools.partial(SCHEDULERS[scheduler], alphas=alphas, **needs.get(scheduler, {}))
 
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
@@ -513,9 +625,13 @@ def checked_options(cfg, options, n):
     defaults = read_yaml(DEFAULT_CONFIG)["sampling"]
     sampling = {name: checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
                 for name, default in defaults.items()}
-    if sampling["num_inference_steps"] > cfg["schedule"]["num_train_timesteps"]:
-        raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid: up to "
-                         f"schedule.num_train_timesteps, {cfg['schedule']['num_train_timesteps']}")
+    scheduler, train = sampling["scheduler"], cfg["schedule"]["num_train_timesteps"]
+    longest = train - cfg["schedule"]["steps_offset"] - (scheduler == "dpm")  # more would begin past the schedule
+    if sampling["num_inference_steps"] > longest:
+        raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid with the scheduler "
+                         f"{scheduler} and {train} training timesteps: up to {longest}")
+    if sampling["eta"] > 0 and scheduler != "ddim":
+        raise InputError(f"sampling.eta is {sampling['eta']:g}; valid with the scheduler {scheduler}: 0")
     negative = sampling["negative_prompt"]
     if isinstance(negative, (list, tuple)) and len(negative) != n:
         raise InputError(f"negative_prompt is a list of {len(negative)}; valid: one text, or one for each of the {n} "
@@ -530,8 +646,9 @@ def generate(cfg, prompt, params=None, **options):
     params: what weights.load_params(cfg) returned; None loads them for this call
     options: any key of cfg["sampling"], for this call, and
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-        noise: what eta > 0 mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
-        callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...
+        noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
+        callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
+            latents in the scheduler's own scale
     With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents.
     A waveform's noise follows from `seed` alone, so a prompt gives the same music alone and among others; a prompt that
     is repeated gives other music each time.
@@ -540,7 +657,7 @@ def generate(cfg, prompt, params=None, **options):
     prompts = checked_prompts(prompt)
     n = len(prompts)
     sampling = checked_options(cfg, options, n)
-    steps, eta, callback = sampling["num_inference_steps"], sampling["eta"], options.get("callback")
+    steps, scheduler, callback = sampling["num_inference_steps"], sampling["scheduler"], options.get("callback")
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
     samples, size = clip_size(cfg, sampling["audio_length_in_s"])
@@ -565,11 +682,11 @@ def generate(cfg, prompt, params=None, **options):
     def eps_fn(x, t):
         return guided_noise(x, to_tensor(cfg, timestep_embedding([t], channels)), embeds, scale, unet_params, unet_cfg)
 
-    timesteps, alphas = ddim_timesteps(steps, cfg["schedule"]), alphas_cumprod(cfg["schedule"])
-    final_alpha = 1.0 if cfg["schedule"]["set_alpha_to_one"] else alphas[0]
+    timesteps = scheduler_timesteps(scheduler, steps, cfg["schedule"])
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     x = to_tensor(cfg, x.transpose(0, 2, 3, 1))
-    for i, x in enumerate(ddim(eps_fn, x, timesteps, alphas, final_alpha, eta=eta, noise=noise)):
+    sample = sampler(scheduler, cfg["schedule"], sampling["eta"], noise)
+    for i, x in enumerate(sample(eps_fn, x, timesteps)):
         if callback is not None and i % sampling["callback_steps"] == 0:
             callback(i, int(timesteps[i]), to_numpy(x).transpose(0, 3, 1, 2))
     result = to_numpy(x).transpose(0, 3, 1, 2)
@@ -662,8 +779,8 @@ def parse_arguments(argv):
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     shortcuts = {"--seconds": "sampling.audio_length_in_s", "--steps": "sampling.num_inference_steps",
-                 "--guidance": "sampling.guidance_scale", "--eta": "sampling.eta", "--seed": "sampling.seed",
-                 "--device": "device", "--dtype": "dtype"}
+                 "--guidance": "sampling.guidance_scale", "--scheduler": "sampling.scheduler", "--eta": "sampling.eta",
+                 "--seed": "sampling.seed", "--device": "device", "--dtype": "dtype"}
     for flag, key in shortcuts.items():
         parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
                             type=lambda value, key=key: f"{key}={value}")
@@ -689,14 +806,15 @@ def run(argv):
     seconds, rate = sampling["audio_length_in_s"], cfg["vocoder"]["sampling_rate"]
     paths = output_paths(args.out, len(prompts), clip_size(cfg, seconds)[0])
 
-    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, "
+    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, {sampling['scheduler']}, "
         f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
         f"seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     params = checkpoints.load_params(cfg)
     if not args.quiet:
-        options |= {"callback": progress_line(sampling["num_inference_steps"]), "callback_steps": 1}
+        timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
+        options |= {"callback": progress_line(len(timesteps)), "callback_steps": 1}
     audio = generate(cfg, prompts, params, **options)
     write_audio(paths, audio, rate)
     for path, waveform in zip(paths, audio):
