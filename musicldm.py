@@ -36,7 +36,8 @@ from weights import InputError
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16"),
-           "sampling.output_type": ("np", "mel", "latent")}
+           "sampling.output_type": ("np", "mel", "latent"),
+           "sampling.scheduler": ("ddim", "dpm", "pndm", "lms", "heun", "euler", "euler_ancestral")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, math.inf),
@@ -417,12 +418,23 @@ def hifigan(mel, p, cfg):
     return tanh(x.reshape(x.shape[:2]))
 
 
-# --------------------------------------------------------------------------------------------------------------- DDIM
+# --------------------------------------------------------------------------------------------------------- schedulers
+# Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
+#   eps_fn(x, t) predicts the noise in x at timestep t, where x has unit variance if the signal has
+#   x is unit normal noise, of any array type; it is not changed
+#   timesteps are scheduler_timesteps'; alphas[t] is the share of signal at timestep t, alphas_cumprod's
+#   final_alpha is that share after the last step; noise is an iterator of unit normal arrays like x
 
-def ddim_timesteps(steps, schedule):
-    """diffusers' "leading" spacing: `steps` integers from high to low."""
-    train = schedule["num_train_timesteps"]
-    return np.arange(steps)[::-1] * (train // steps) + schedule["steps_offset"]
+def scheduler_timesteps(scheduler, steps, schedule):
+    """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
+
+    There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice.
+    """
+    count = steps + 1 if scheduler == "dpm" else steps  # dpm spaces one more and leaves out the last
+    timesteps = np.arange(count)[::-1][:steps] * (schedule["num_train_timesteps"] // count) + schedule["steps_offset"]
+    if scheduler == "pndm":
+        return np.concatenate([timesteps[:2], timesteps[1:]])
+    return np.repeat(timesteps, 2)[1:] if scheduler == "heun" else timesteps
 
 
 def alphas_cumprod(schedule):
@@ -448,23 +460,123 @@ def timestep_embedding(timesteps, channels):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def ddim(eps_fn, x, timesteps, alphas, final_alpha, *, eta=0.0, noise=None):
-    """Yield x after each step of DDIM (Song et al., 2020, equations 12 and 16).
+def ddim_step(x, eps, alpha, previous, sigma=0.0):
+    """x with the share `alpha` of signal and the noise eps -> with the share `previous`, sigma of noise left to add."""
+    clean = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+    return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
 
-    eps_fn(x, t) predicts the noise in x; alphas[t] is the share of signal at timestep t, final_alpha after the last
-    step; noise is an iterator of unit normal arrays like x, read when eta > 0. Works on any array type.
-    """
+
+def ddim(eps_fn, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None):
+    """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
     step = len(alphas) // len(timesteps)
     for t in timesteps:
-        alpha = float(alphas[t])
-        previous = float(alphas[t - step]) if t >= step else float(final_alpha)
-        eps = eps_fn(x, int(t))
-        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+        alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
-        x = previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
+        x = ddim_step(x, eps_fn(x, int(t)), alpha, previous, sigma)
         if eta > 0:
             x = x + sigma * next(noise)
         yield x
+
+
+def multistep_weights(nodes, end):
+    """Adams-Bashforth on uneven nodes: [w], so that sum(w * f(node)) is the integral of f from nodes[0] to `end` for
+    every polynomial f of a lower degree than there are nodes."""
+    first, powers = nodes[0], np.arange(len(nodes))
+    scaled = (np.asarray(nodes, np.float64) - first) / (end - first)
+    return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
+
+
+def pndm(eps_fn, x, timesteps, alphas, *, final_alpha):
+    """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
+
+    The first step is taken twice: the second time with the mean of the noise at both of its ends.
+    """
+    step, history = len(alphas) // max(1, len(timesteps) - 1), ()
+    for i, t in enumerate(timesteps):
+        eps = eps_fn(x, int(t))
+        if i == 1:
+            x, t, eps = start, t + step, (eps + history[0]) / 2
+        else:
+            start, history = x, (eps, *history[:3])
+            eps = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
+        x = ddim_step(x, eps, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
+        yield x
+
+
+def in_sigma_scale(eps_fn, x, timesteps, alphas):
+    """Karras et al. (2022, arXiv 2206.00364): x as the signal plus sigma times unit noise, so that dx / dsigma = eps.
+
+    Returns eps_fn(x, t, sigma) and x in that scale, and sigmas, a float a timestep and 0 after the last.
+    """
+    alphas = np.asarray(alphas, np.float64)[timesteps]
+    sigmas = [*(((1 - alphas) / alphas) ** 0.5).tolist(), 0.0]
+    return (lambda x, t, sigma: eps_fn(x / (sigma ** 2 + 1) ** 0.5, int(t))), x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
+
+
+def dpm(eps_fn, x, timesteps, alphas):
+    """DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095, algorithm 2); the first and last step are of first order."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        clean = x - sigma * eps_fn(x, t, sigma)
+        target = clean
+        if 0 < i < len(timesteps) - 1:
+            target = clean + math.log(sigma / following) / math.log(sigmas[i - 1] / sigma) / 2 * (clean - previous)
+        x, previous = following / sigma * x + (1 - following / sigma) * target, clean
+        yield x / (following ** 2 + 1) ** 0.5
+
+
+def lms(eps_fn, x, timesteps, alphas):
+    """Linear multistep of order 4 in sigma, as in K. Crowson's k-diffusion on the equation of Karras et al. (2022)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    history = ()
+    for i, t in enumerate(timesteps):
+        history = (eps_fn(x, t, sigmas[i]), *history[:3])
+        weights = multistep_weights(sigmas[i::-1][:4], sigmas[i + 1])
+        x = x + sum(w * eps for w, eps in zip(weights, history))
+        yield x
+
+
+def heun(eps_fn, x, timesteps, alphas):
+    """Heun's method in sigma (Karras et al., 2022, algorithm 1): yields the Euler step, then its correction."""
+    timesteps = timesteps[::2]
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
+        eps = eps_fn(x, t, sigma)
+        predicted = x + (following - sigma) * eps
+        yield predicted
+        if following > 0:
+            x = x + (following - sigma) / 2 * (eps + eps_fn(predicted, timesteps[i + 1], following))
+            yield x
+
+
+def euler(eps_fn, x, timesteps, alphas):
+    """Euler's method in sigma (Karras et al., 2022)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
+        x = x + (following - sigma) * eps_fn(x, t, sigma)
+        yield x
+
+
+def euler_ancestral(eps_fn, x, timesteps, alphas, *, noise):
+    """Euler's method down past the next sigma, then fresh noise up to it: as k-diffusion, after Ho et al. (2020)."""
+    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
+        x = x + (following ** 2 / sigma - sigma) * eps_fn(x, t, sigma)
+        x = x + following * (1 - (following / sigma) ** 2) ** 0.5 * next(noise)
+        yield x
+
+
+SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, "euler": euler,
+              "euler_ancestral": euler_ancestral}
+
+
+def sampler(scheduler, schedule, eta, noise):
+    """The scheduler as a function of (eps_fn, x, timesteps), with what it takes of eta, noise and the schedule."""
+    alphas = alphas_cumprod(schedule)
+    final_alpha = 1.0 if schedule["set_alpha_to_one"] else alphas[0]
+    needs = {"ddim": {"final_alpha": final_alpha, "eta": eta, "noise": noise}, "pndm": {"final_alpha": final_alpha},
+             "euler_ancestral": {"noise": noise}}
+    return functools.partial(SCHEDULERS[scheduler], alphas=alphas, **needs.get(scheduler, {}))
 
 
 # ------------------------------------------------------------------------------------------------------ audio features
@@ -631,7 +743,7 @@ def hifigan_reach(vocoder):
 def vocode(cfg, params, mel, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
-    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). A longer spectrogram
+    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). A spectrogram longer
     than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
@@ -768,9 +880,13 @@ def checked_options(cfg, options, n):
     defaults = read_yaml(DEFAULT_CONFIG)["sampling"]
     sampling = {name: checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
                 for name, default in defaults.items()}
-    if sampling["num_inference_steps"] > cfg["schedule"]["num_train_timesteps"]:
-        raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid: up to "
-                         f"schedule.num_train_timesteps, {cfg['schedule']['num_train_timesteps']}")
+    scheduler, train = sampling["scheduler"], cfg["schedule"]["num_train_timesteps"]
+    longest = train - cfg["schedule"]["steps_offset"] - (scheduler == "dpm")  # more would begin past the schedule
+    if sampling["num_inference_steps"] > longest:
+        raise InputError(f"sampling.num_inference_steps is {sampling['num_inference_steps']}; valid with the scheduler "
+                         f"{scheduler} and {train} training timesteps: up to {longest}")
+    if sampling["eta"] > 0 and scheduler != "ddim":
+        raise InputError(f"sampling.eta is {sampling['eta']:g}; valid with the scheduler {scheduler}: 0")
     for name, valid in (("negative_prompt", n), ("seed", n * sampling["num_waveforms_per_prompt"])):
         value = sampling[name]
         if isinstance(value, (list, tuple)) and len(value) != valid:
@@ -816,6 +932,34 @@ def rank(cfg, params, embeds, audio):
     return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
 
 
+def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
+    """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
+
+    embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
+    noise, sampling, callback: as in `generate`, noise as an iterator
+    Raises InputError after a step that leaves NaN or Inf.
+    """
+    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
+    p, unet_cfg, loop = mindspore.mutable(params["unet"]), frozen(cfg["unet"]), sampling["loop"]
+    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
+
+    def eps_fn(x, t):
+        timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
+        return guided_noise(x, timestep, embeds, scale, p, unet_cfg, loop)
+
+    timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
+    noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
+    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
+    for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
+        latents = to_numpy(x).transpose(0, 3, 1, 2)
+        if not np.isfinite(latents).all():
+            raise InputError(f"the latents hold NaN or Inf after step {i + 1} of {len(timesteps)}: the weights, the "
+                             "latents or the dtype are at fault")
+        if callback is not None and i % sampling["callback_steps"] == 0:
+            callback(i, int(timesteps[i]), latents)
+    return latents
+
+
 def generate(cfg, prompt=None, params=None, **options):
     """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
@@ -824,42 +968,39 @@ def generate(cfg, prompt=None, params=None, **options):
         prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
         audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-        noise: what the sampler mixes in, unit normal, one such array a step: (steps, n, 8, frames / 4, 16)
-        callback: called as callback(step, timestep, latents) after steps 0, callback_steps, ...; may raise to stop
+        noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
+        callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
+            latents in the scheduler's own scale; may raise to stop the run
     With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
     another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
     seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
     both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
     Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
     """
-    prompts = None if prompt is None else checked_prompts(prompt)
-    prompt_embeds, audio_prompt = options.get("prompt_embeds"), options.get("audio_prompt")
-    if prompt_embeds is not None and (prompts, audio_prompt) != (None, None):
-        raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
+    prompt_embeds, negative_embeds, audio_prompt, x, noise, callback = map(options.get, (
+        "prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback"))
     if prompt_embeds is not None:
+        if prompt is not None or audio_prompt is not None:
+            raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
         prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
         conditions = [row.tobytes() for row in prompt_embeds]
-    elif audio_prompt is not None:
-        read_audio(cfg, audio_prompt)
-        conditions = prompts or [""]
     else:
-        conditions = checked_prompts(prompt)
+        audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
+        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
     n = len(conditions)
     sampling = checked_options(cfg, options, n)
-    negative_embeds = options.get("negative_prompt_embeds")
+    negative = sampling["negative_prompt"]
     if negative_embeds is not None:
-        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
-        if sampling["negative_prompt"] is not None:
+        if negative is not None:
             raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
-    steps, loop, takes, callback = (sampling["num_inference_steps"], sampling["loop"],
-                                    sampling["num_waveforms_per_prompt"], options.get("callback"))
+        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
+    guided, loop, takes = sampling["guidance_scale"] > 1, sampling["loop"], sampling["num_waveforms_per_prompt"]
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
+    steps, shape = sampling["num_inference_steps"], (n * takes, *size)
+    check_memory(cfg, shape, guided, loaded=params is not None)
     seeds = take_seeds(sampling["seed"], conditions, takes)
-    shape = (n * takes, *size)
-    check_memory(cfg, shape, sampling["guidance_scale"] > 1, loaded=params is not None)
-    x, noise = options.get("latents"), options.get("noise")
     x = standard_normal(seeds, 0, size) if x is None else checked_array("latents", x, shape)
     noise = (standard_normal(seeds, i + 1, size) for i in range(steps)) if noise is None else iter(
         checked_array("noise", noise, (steps, *shape)))
@@ -867,41 +1008,22 @@ def generate(cfg, prompt=None, params=None, **options):
         params = checkpoints.load_params(cfg)
 
     if prompt_embeds is None:
-        prompt_embeds = prompt_vectors(cfg, params, prompts, audio_prompt, sampling["audio_prompt_weight"])
-    embeds = np.repeat(prompt_embeds, takes, axis=0)
-    if sampling["guidance_scale"] > 1:
-        if negative_embeds is None:
-            negative = sampling["negative_prompt"] or ""
-            negative_embeds = encode_prompt(cfg, params, [negative] * n if isinstance(negative, str) else negative)
-        embeds = np.concatenate((np.repeat(negative_embeds, takes, axis=0), embeds))
-    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
-    unet_params, unet_cfg = mindspore.mutable(params["unet"]), frozen(cfg["unet"])
-    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
-    channels = cfg["unet"]["block_out_channels"][0]
-
-    def eps_fn(x, t):
-        return guided_noise(x, to_tensor(cfg, timestep_embedding([t], channels)), embeds, scale, unet_params, unet_cfg,
-                            loop)
-
-    timesteps, alphas = ddim_timesteps(steps, cfg["schedule"]), alphas_cumprod(cfg["schedule"])
-    final_alpha = 1.0 if cfg["schedule"]["set_alpha_to_one"] else alphas[0]
-    noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
-    x = to_tensor(cfg, x.transpose(0, 2, 3, 1))
-    for i, x in enumerate(ddim(eps_fn, x, timesteps, alphas, final_alpha, eta=sampling["eta"], noise=noise)):
-        latents = to_numpy(x).transpose(0, 3, 1, 2)
-        if not np.isfinite(latents).all():
-            raise InputError(f"the latents hold NaN or Inf after step {i + 1} of {len(timesteps)}: the weights, the "
-                             "latents or the dtype are at fault")
-        if callback is not None and i % sampling["callback_steps"] == 0:
-            callback(i, int(timesteps[i]), latents)
-
+        prompt_embeds = prompt_vectors(cfg, params, prompt, audio_prompt, sampling["audio_prompt_weight"])
+    if guided and negative_embeds is None:
+        negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
+                                        [negative or ""] * n)
+    embeds = np.concatenate((negative_embeds, prompt_embeds)) if guided else prompt_embeds
+    latents = denoise(cfg, params, x, np.repeat(embeds, takes, axis=0), noise, sampling, callback)
     if sampling["output_type"] == "latent":
         return latents
-    mel = decode_latents(cfg, params, latents, loop)
-    if sampling["output_type"] == "mel":
-        return mel
-    audio = vocode(cfg, params, mel, loop)[:, :samples]
-    return audio if takes == 1 else audio[rank(cfg, params, prompt_embeds, audio)[0]]
+    result = decode_latents(cfg, params, latents, loop)
+    if sampling["output_type"] == "np":
+        result = vocode(cfg, params, result, loop)[:, :samples]
+    if not np.isfinite(result).all():
+        raise InputError("the result holds NaN or Inf: the weights or the dtype are at fault")
+    if sampling["output_type"] == "mel" or takes == 1:
+        return result
+    return result[rank(cfg, params, prompt_embeds, result)[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -1062,7 +1184,8 @@ def run(argv):
     takes, loop, weight = (sampling["num_waveforms_per_prompt"], sampling["loop"], sampling["audio_prompt_weight"])
     heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
-    rate, timesteps = cfg["vocoder"]["sampling_rate"], ddim_timesteps(sampling["num_inference_steps"], cfg["schedule"])
+    rate = cfg["vocoder"]["sampling_rate"]
+    timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
     seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
     negative = sampling["negative_prompt"] or ""
     negatives = [negative] * n if isinstance(negative, str) else negative
@@ -1079,7 +1202,7 @@ def run(argv):
     check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
 
     say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {samples / rate:g} s, "
-        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
+        f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
         f"seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")

@@ -3,10 +3,13 @@
 
     pip install torch==2.13.0 diffusers==0.33.1 transformers==4.57.1 "huggingface-hub<1.0" "tokenizers<0.23"
     python tests/make_golden.py
+    python tests/make_golden.py schedulers            # instead: golden/schedulers.npz alone, with the stored checkpoint
     python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
 """
+import contextlib
+import functools
 import json
 import pathlib
 import platform
@@ -35,6 +38,9 @@ CASES = {
     "variant": dict(prompt="ambient pads, no drums", steps=2, height=5, guidance=1.0, heads=[3, 2, 3, 4],
                     normalize_before=True),
 }
+SCHEDULERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler",
+              "lms": "LMSDiscreteScheduler", "heun": "HeunDiscreteScheduler", "euler": "EulerDiscreteScheduler",
+              "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 TEXTS = [
     "", " ", "techno", " techno", "Techno  with   runs    of spaces ", "tabs\tand\n\nnew\r\nlines \n x\t\t", "\n", "  \n  ",
     "It's they're we've I'm she'll he'd IT'S 'tis rock 'n' roll's 'sx 'S ''s", "120 bpm, 3/4, ½, ², Ⅻ, ٣, 四五", "x1y22z333",
@@ -97,13 +103,23 @@ def build():
     return pipe
 
 
+@contextlib.contextmanager
+def given_noise(draws):
+    """The arrays of an iterator as the noise that schedulers draw."""
+    with contextlib.ExitStack() as stack:
+        for name in ("ddim", "euler_ancestral_discrete"):
+            stack.enter_context(mock.patch(f"diffusers.schedulers.scheduling_{name}.randn_tensor",
+                                           lambda shape, **kwargs: torch.from_numpy(next(draws))))
+        yield
+
+
 def run(pipe, case, rng):
     case = {**dict(negative_prompt=None, guidance=2.0, eta=0.0), **case}
     prompts = [case["prompt"]] if isinstance(case["prompt"], str) else case["prompt"]
     shape = (len(prompts), 8, case["height"], pipe.vocoder.config.model_in_dim // 4)
     out = {"in_latents": rng.standard_normal(shape).astype(np.float32)}
     noise = rng.standard_normal((case["steps"], *out["in_latents"].shape)).astype(np.float32)
-    if case["eta"]:
+    if case["eta"] or case.get("scheduler") == "euler_ancestral":
         out["in_noise"] = noise
     if "heads" in case:
         config = {**pipe.unet.config, "attention_head_dim": case["heads"]}
@@ -124,8 +140,7 @@ def run(pipe, case, rng):
 
     with mock.patch.object(pipe.vae, "decode", keep("mel", decode)), \
             mock.patch.object(pipe.text_encoder, "get_text_features", keep("prompt_embeds", features)), \
-            mock.patch("diffusers.schedulers.scheduling_ddim.randn_tensor",
-                       lambda shape, **kwargs: torch.from_numpy(next(draws))):
+            given_noise(draws):
         audio = pipe(case["prompt"], audio_length_in_s=case["height"] * 0.04, num_inference_steps=case["steps"],
                      guidance_scale=case["guidance"], eta=case["eta"], negative_prompt=case["negative_prompt"],
                      latents=torch.from_numpy(out["in_latents"]),
@@ -136,11 +151,47 @@ def run(pipe, case, rng):
     return {**out, "prompt_embeds": seen["prompt_embeds"], "step_latents": np.stack(steps), "mel": mel, "audio": audio}
 
 
+def analytic_noise(x, t):
+    """The noise that test_schedulers.py predicts too."""
+    return (0.6 * np.sin(x) + 0.5 * np.cos(t / 100) * x).astype(np.float32)
+
+
+def schedulers():
+    """golden/schedulers.npz: every scheduler alone under an analytic prediction, and the mel of four guided steps."""
+    pipe = MusicLDMPipeline.from_pretrained(GOLDEN / "checkpoint")
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.scheduler.config
+    x, noise = np.random.default_rng(1).standard_normal((2, 25, 12)).astype(np.float32)
+    x, arrays = x[0], {"in_x": x[0], "in_noise": noise}
+    for name, kind in SCHEDULERS.items():
+        make = functools.partial(getattr(diffusers, kind).from_config, config,
+                                 **({"skip_prk_steps": True} if name == "pndm" else {}))
+        for steps in (1, 2, 4, 10, 25):
+            for eta in (0.0, 1.0) if name == "ddim" else (0.0,):
+                scheduler = make()
+                scheduler.set_timesteps(steps)
+                latents, states = torch.from_numpy(x) * scheduler.init_noise_sigma, []
+                with given_noise(iter(noise)):
+                    for t in scheduler.timesteps:
+                        eps = torch.from_numpy(analytic_noise(scheduler.scale_model_input(latents, t).numpy(), int(t)))
+                        latents = scheduler.step(eps, t, latents, **({"eta": eta} if eta else {})).prev_sample
+                        states.append(latents.numpy().copy())
+                arrays |= {f"{name}.{steps}.{eta:g}.timesteps": scheduler.timesteps.numpy().astype(np.int16),
+                           f"{name}.{steps}.{eta:g}.states": np.stack(states)}
+        pipe.scheduler = make()
+        result = run(pipe, {**CASES["guided"], "steps": 4, "scheduler": name}, np.random.default_rng(2))
+        arrays |= {"in_latents": result["in_latents"], f"{name}.mel": result["mel"]}
+        arrays |= {"in_latent_noise": result["in_noise"]} if "in_noise" in result else {}
+    np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
+
+
 @torch.no_grad()
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
+    if sys.argv[1:] == ["schedulers"]:
+        return schedulers()
     if sys.argv[1:]:
         pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])
         pipe.set_progress_bar_config(disable=True)
@@ -158,6 +209,7 @@ def main():
     versions = dict(python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__,
                     transformers=transformers.__version__, numpy=np.__version__)
     (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=0) + "\n")
+    schedulers()
 
 
 if __name__ == "__main__":

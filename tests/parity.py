@@ -3,6 +3,7 @@
 
     python tests/parity.py                            # the cases of golden/
     python tests/parity.py CHECKPOINT REFERENCE.npz   # what make_golden.py CHECKPOINT REFERENCE.npz computed
+    python tests/parity.py --schedulers CHECKPOINT [SECONDS]   # instead: how far fewer steps are from 200 of DDIM
 """
 import pathlib
 import sys
@@ -26,8 +27,30 @@ def distances(name, cfg, params, expected, options):
             relative_error(audio, expected["audio"])]
 
 
+def schedulers(checkpoint, seconds=2.56):
+    """RMS log-mel distance of every scheduler, at some numbers of steps, from 200 steps of DDIM on the same latents."""
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint)
+    params, counts = weights.load_params(cfg), (10, 20, 25, 50)
+
+    def mel(scheduler, steps, seed=0):
+        return musicldm.generate(cfg, CASES["guided"]["prompt"], params, scheduler=scheduler, num_inference_steps=steps,
+                                 seed=seed, guidance_scale=2.0, audio_length_in_s=float(seconds), output_type="mel")
+
+    def distance(result):
+        return f"{np.sqrt(np.mean((result - expected) ** 2)):.4f}"
+
+    expected = mel("ddim", 200)
+    print("| scheduler | " + " | ".join(f"{n} steps" for n in counts) + " | UNet evaluations |\n|" + "---|" * 6)
+    for name in musicldm.SCHEDULERS:
+        evaluations = [str(len(musicldm.scheduler_timesteps(name, n, cfg["schedule"]))) for n in counts]
+        print(f"| {name} | " + " | ".join(distance(mel(name, n)) for n in counts) + f" | {', '.join(evaluations)} |")
+    print(f"\nFor scale, 200 steps of DDIM with another seed: {distance(mel('ddim', 200, seed=1))}")
+
+
 def main():
     warnings.simplefilter("ignore")
+    if sys.argv[1:2] == ["--schedulers"]:
+        return schedulers(*sys.argv[2:])
     path = sys.argv[2] if sys.argv[1:] else GOLDEN / "arrays.npz"
     names, params = ["guided"] if sys.argv[1:] else list(CASES), None
     print("| | prompt vector | latents, worst step | log-mel | waveform |\n|---|---|---|---|---|")

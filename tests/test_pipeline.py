@@ -129,10 +129,10 @@ def test_ddim_recovers_the_clean_signal_from_analytic_noise():
     alphas, rng = musicldm.alphas_cumprod(schedule).astype(np.float64), np.random.default_rng(0)
     clean, noise = rng.standard_normal((2, 50))
     for steps in (1, 6, 7, 10, 999):
-        timesteps = musicldm.ddim_timesteps(steps, schedule)
+        timesteps = musicldm.scheduler_timesteps("ddim", steps, schedule)
         assert len(timesteps) == steps and timesteps[-1] == 1 and timesteps[0] <= 1000
         x = alphas[timesteps[0]] ** 0.5 * clean + (1 - alphas[timesteps[0]]) ** 0.5 * noise
-        states = list(musicldm.ddim(lambda x, t: noise, x, timesteps, alphas, 1.0))
+        states = list(musicldm.ddim(lambda x, t: noise, x, timesteps, alphas, final_alpha=1.0))
         left = alphas[0] if steps == 999 else 1.0  # 999 steps are one apart, and end at timestep 0
         assert np.allclose(states[-1], left ** 0.5 * clean + (1 - left) ** 0.5 * noise, atol=1e-9)
         if steps > 1:  # on the way, it is the forward process at the next timestep with the same noise
@@ -145,7 +145,7 @@ def test_ddim_with_eta_1_has_the_ddpm_posterior():
     alphas = musicldm.alphas_cumprod(golden_config()["schedule"]).astype(np.float64)
     t, clean, x = 500, 0.3, 1.7
     eps = (x - alphas[t] ** 0.5 * clean) / (1 - alphas[t]) ** 0.5
-    low, high = (next(musicldm.ddim(lambda x, t: eps, x, [t] * 1000, alphas, 1.0, eta=1.0, noise=iter([z])))
+    low, high = (next(musicldm.ddim(lambda x, t: eps, x, [t] * 1000, alphas, final_alpha=1.0, eta=1.0, noise=iter([z])))
                  for z in (0.0, 1.0))
     beta = 1 - alphas[t] / alphas[t - 1]
     mean = (alphas[t - 1] ** 0.5 * beta * clean + (1 - beta) ** 0.5 * (1 - alphas[t - 1]) * x) / (1 - alphas[t])
