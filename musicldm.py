@@ -743,7 +743,7 @@ def hifigan_reach(vocoder):
 def vocode(cfg, params, mel, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
-    A waveform has 160 samples a frame and, unless it is a `loop`, 32 more (at the published rates). A spectrogram longer
+    At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
     than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
@@ -956,7 +956,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
             raise InputError(f"the latents hold NaN or Inf after step {i + 1} of {len(timesteps)}: the weights, the "
                              "latents or the dtype are at fault")
         if callback is not None and i % sampling["callback_steps"] == 0:
-            callback(i, int(timesteps[i]), latents)
+            callback(i, int(timesteps[i]), latents.copy())
     return latents
 
 
@@ -1202,8 +1202,8 @@ def run(argv):
     check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
 
     say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {samples / rate:g} s, "
-        f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
-        f"seed {sampling['seed']}")
+        f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, "
+        f"eta {sampling['eta']:g}, seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     params = checkpoints.load_params(cfg)
