@@ -291,6 +291,12 @@ def bert_layer(x, bias, p, *, heads, eps):
     return layer_norm(x + y, **p["output"]["LayerNorm"], eps=eps)
 
 
+def relative_positions(window):
+    """For each pair of places in a window, the row of the table of biases: int (window ** 2, window ** 2)."""
+    y, x = np.divmod(np.arange(window * window), window)
+    return (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+
+
 @constexpr
 def windows(size, window, shift):
     """What attention in shifted windows (Liu et al., 2021, figure 4) reads, L = window * window, as Tensors.
@@ -304,8 +310,7 @@ def windows(size, window, shift):
         return windowed.reshape(-1, window * window)
 
     rows = split(np.roll(np.arange(size * size).reshape(size, size), (-shift, -shift), (0, 1))).reshape(-1)
-    y, x = np.divmod(np.arange(window * window), window)
-    places = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    places = relative_positions(window)
     wrapped = np.arange(size) >= size - shift
     region = split(2 * wrapped[:, None] + wrapped)
     bias = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference

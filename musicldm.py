@@ -32,7 +32,7 @@ import weights as checkpoints
 from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
                     layer_norm, leaky_relu, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block,
                     tanh)
-from weights import InputError
+from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16"),
@@ -169,16 +169,8 @@ def frozen(section):
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # GPT-2's pattern (openai/gpt-2, encoder.py), on text whose characters stand for their Unicode class: see `words`
 WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-
-
-def byte_characters():
-    """GPT-2's printable stand-in for each byte: [chr] of length 256."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def words(text):
@@ -206,26 +198,6 @@ def byte_pairs(word, ranks):
             i += step
         parts = joined
     return parts
-
-
-def load_vocabulary(cfg):
-    """({token: id}, {pair: rank}) of the checkpoint; for random weights the bytes alone."""
-    if cfg["weights"] == checkpoints.RANDOM:
-        return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
-    vocab_path, merges_path = (pathlib.Path(cfg["weights"]) / name for name in checkpoints.TOKENIZER_FILES)
-    vocab = checkpoints.read_json(vocab_path)
-    size = cfg["text_encoder"]["text_config"]["vocab_size"]
-    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < size for i in vocab.values()):
-        raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise InputError(f"weights: {vocab_path} lacks the tokens {' '.join(missing)}")
-    try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"weights: cannot read {merges_path}: {checkpoints.one_line(error)}") from None
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    return vocab, {pair: rank for rank, pair in enumerate(pairs)}
 
 
 def text_to_tokens(text, ranks):

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder in diffusers' layout becomes a configuration and a tree of MindSpore tensors.
+"""Checkpoints: a folder in diffusers' layout becomes a configuration and a tree of MindSpore tensors, and back.
 
 Everything odd about a checkpoint ends here: dtypes, shards, weight norm, buffers, and the layout that layers.py
 computes with. The models in musicldm.py see only nested dicts under the checkpoint's own names: the path to a tensor,
@@ -10,11 +10,12 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import mindspore
 import numpy as np
-import safetensors
+import safetensors.numpy
 from mindspore import Tensor
 
 import layers
@@ -27,6 +28,13 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt")
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 RANDOM = "random"
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# The classes upstream that compute with what is in each folder of a checkpoint.
+CLASSES = {"text_encoder": ("transformers", "ClapModel"), "tokenizer": ("transformers", "RobertaTokenizer"),
+           "feature_extractor": ("transformers", "ClapFeatureExtractor"),
+           "unet": ("diffusers", "UNet2DConditionModel"), "scheduler": ("diffusers", "DDIMScheduler"),
+           "vae": ("diffusers", "AutoencoderKL"), "vocoder": ("transformers", "SpeechT5HifiGan")}
 
 # What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
 IMPLEMENTED = {
@@ -35,8 +43,6 @@ IMPLEMENTED = {
     "text_encoder.audio_config": {"hidden_act": "gelu", "enable_fusion": False, "enable_patch_layer_norm": True,
                                   "qkv_bias": True, "projection_hidden_act": "relu", "patch_size": 4,
                                   "patch_stride": [4, 4], "patch_embed_input_channels": 1},
-    # the code takes the first samples of longer audio: rand_trunc's random ones would give another result each time
-    "feature_extractor": {"padding": "repeatpad", "truncation": "rand_trunc", "top_db": None},
     "unet": {"act_fn": "silu", "class_embed_type": "simple_projection", "class_embeddings_concat": True,
              "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "num_attention_heads": None,
              "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1, "downsample_padding": 1,
@@ -48,9 +54,12 @@ IMPLEMENTED = {
     "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
             "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "vocoder": {},
-    "schedule": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+    "schedule": {"_class_name": CLASSES["scheduler"][1], "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
                  "timestep_spacing": "leading", "clip_sample": False, "thresholding": False, "trained_betas": None,
                  "rescale_betas_zero_snr": False},
+    # the code takes the first samples of longer audio: rand_trunc's random ones would give another result each time
+    "feature_extractor": {"feature_extractor_type": CLASSES["feature_extractor"][1], "padding": "repeatpad",
+                          "truncation": "rand_trunc", "top_db": None},
 }
 
 
@@ -186,6 +195,42 @@ def check_architecture(cfg):
     problem = next(rules(), None)
     if problem:
         raise InputError(problem)
+
+
+# --------------------------------------------------------------------------------------------------------- vocabulary
+
+def byte_characters():
+    """GPT-2's printable stand-in for each byte: [chr] of length 256."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def load_vocabulary(cfg):
+    """({token: id}, {pair: rank}) of the checkpoint; for random weights the bytes alone."""
+    if cfg["weights"] == RANDOM:
+        return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
+    vocab_path, merges_path = (pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES)
+    vocab = read_json(vocab_path)
+    size = cfg["text_encoder"]["text_config"]["vocab_size"]
+    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < size for i in vocab.values()):
+        raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise InputError(f"weights: {vocab_path} lacks the tokens {' '.join(missing)}")
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"weights: cannot read {merges_path}: {one_line(error)}") from None
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    return vocab, {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def vocabulary_files(cfg):
+    """What TOKENIZER_FILES hold of `load_vocabulary`."""
+    vocab, ranks = load_vocabulary(cfg)
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in sorted(ranks, key=ranks.get)), ""]
+    return json.dumps(vocab, ensure_ascii=False), "\n".join(merges)
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -401,24 +446,28 @@ def stored_tensors(folder, model):
 
 
 def find_sources(shapes, stored, where):
-    """({parameter: the names that hold it in the file}, what is wrong or None): one name, or two under weight norm."""
-    sources = {}
-    for name in shapes:
+    """({parameter: the names that hold it in the file}, `mismatch`): one name, or two under weight norm."""
+    sources, wanted = {}, {}
+    for name, shape in shapes.items():
         ways = [(name,)]
         if name.endswith(".weight"):
             ways += [tuple(name[:-len("weight")] + part for part in pair) for pair in WEIGHT_NORM]
-        sources[name] = next((names for names in ways if stored.keys() >= set(names)), ())
-    wanted = {names[-1]: shapes[name] for name, names in sources.items() if names}
-    wanted |= {names[0]: shapes[name][:1] + (1,) * (len(shapes[name]) - 1)
-               for name, names in sources.items() if len(names) == 2}
-    problems = {"missing": [name for name, names in sources.items() if not names],
-                "unexpected": [name for name in stored if name not in wanted],
-                "not floating-point": [f"{name} ({stored[name]})" for name in wanted if isinstance(stored[name], str)],
-                "of the wrong shape": [f"{name} {stored[name].shape} instead of {shape}"
-                                       for name, shape in wanted.items()
-                                       if not isinstance(stored[name], str) and stored[name].shape != shape]}
+        sources[name] = next((names for names in ways if stored.keys() >= set(names)), (name,))
+        length = shape[:1] + (1,) * (len(shape) - 1)
+        wanted |= zip(sources[name], (shape,) if len(sources[name]) == 1 else (length, shape))
+    return sources, mismatch(wanted, stored, where)
+
+
+def mismatch(shapes, stored, where):
+    """How `stored`, {name: array, or a text in place of one without floats}, differs from `shapes`: a text, or None."""
+    problems = {"missing": [name for name in shapes if name not in stored],
+                "unexpected": [name for name in stored if name not in shapes]}
+    stored = {name: stored[name] for name in shapes if name in stored}
+    problems["not floating-point"] = [f"{name} ({x})" for name, x in stored.items() if isinstance(x, str)]
+    problems["of the wrong shape"] = [f"{name} {x.shape} instead of {shapes[name]}" for name, x in stored.items()
+                                      if not isinstance(x, str) and x.shape != shapes[name]]
     found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    return sources, f"{where}: {'; '.join(found)}" if found else None
+    return f"{where}: {'; '.join(found)}" if found else None
 
 
 def check_weights(cfg):
@@ -461,17 +510,26 @@ def read_parameter(name, stored, sources):
 
 # ------------------------------------------------------------------------------------------------------------- layout
 
+def phases_and_taps(kernel, stride):
+    """Where each of a transposed convolution's taps goes in the plain one: layers.conv_transpose1d."""
+    first, _ = layers.polyphase(kernel, stride)
+    k = np.arange(kernel) - (kernel - stride) // 2
+    return k % stride, first - k // stride
+
+
 def polyphase_weight(weight, stride):
-    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps): layers.conv_transpose1d."""
+    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps)."""
     i, o, kernel = weight.shape
-    first, taps = layers.polyphase(kernel, stride)
-    phases = np.zeros((stride, o, i, taps), weight.dtype)
-    for phase in range(stride):
-        for tap in range(taps):
-            k = stride * (first - tap) + phase + (kernel - stride) // 2
-            if 0 <= k < kernel:
-                phases[phase, :, :, tap] = weight[:, :, k].T
-    return phases.reshape(stride * o, i, taps)
+    phase, tap = phases_and_taps(kernel, stride)
+    phases = np.zeros((stride, o, i, layers.polyphase(kernel, stride)[1]), weight.dtype)
+    phases[phase, :, :, tap] = weight.T
+    return phases.reshape(stride * o, i, -1)
+
+
+def transposed_weight(weight, stride, kernel):
+    """The inverse of `polyphase_weight`."""
+    phase, tap = phases_and_taps(kernel, stride)
+    return weight.reshape(stride, -1, *weight.shape[1:])[phase, :, :, tap].T
 
 
 def lay_out(name, weight, cfg, native):
@@ -493,6 +551,17 @@ def lay_out(name, weight, cfg, native):
     return weight.reshape(*weight.shape[:2], -1).transpose(0, 2, 1).reshape(weight.shape[0], -1)
 
 
+def lay_back(name, weight, shape, cfg):
+    """The inverse of `lay_out`, on either device, for a parameter that has `shape` in its file."""
+    if name.startswith("upsampler.") and len(shape) == 3:
+        stride = cfg["vocoder"]["upsample_rates"][int(name.split(".")[1])]
+        phases = (stride * shape[1], shape[0], layers.polyphase(shape[2], stride)[1])
+        return transposed_weight(lay_back("", weight, phases, cfg), stride, shape[2])
+    if weight.ndim < len(shape):
+        weight = weight.reshape(shape[0], -1, shape[1]).transpose(0, 2, 1)
+    return weight.reshape(shape)
+
+
 def nest(flat):
     """{"a.0.b.weight": x} -> {"a.0": {"b": {"weight": x}}}."""
     tree = {}
@@ -503,6 +572,14 @@ def nest(flat):
             node = node.setdefault(key, {})
         node[leaf] = value
     return tree
+
+
+def flatten(tree, name=""):
+    """The inverse of `nest`."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {path: leaf for key, value in tree.items()
+            for path, leaf in flatten(value, f"{name}.{key}" if name else key).items()}
 
 
 def random_arrays(shapes, rng):
@@ -543,9 +620,8 @@ def tensor_dtype(cfg):
     return getattr(mindspore, cfg["dtype"])
 
 
-def to_tensor(name, array, cfg, native):
-    array = np.ascontiguousarray(lay_out(name, array, cfg, native))
-    tensor = Tensor.from_numpy(array)  # shares the memory: what is laid out as in the file stays mapped from it
+def to_tensor(array, cfg):
+    tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
     dtype = tensor_dtype(cfg)
     return tensor if dtype == tensor.dtype else tensor.astype(dtype)
 
@@ -553,7 +629,8 @@ def to_tensor(name, array, cfg, native):
 def random_params(cfg, seed):
     """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
     native, rng = use_device(cfg) != "CPU", np.random.default_rng(seed)
-    return {model: nest({name: to_tensor(name, array, cfg, native) for name, array in random_arrays(shapes, rng)})
+    return {model: nest({name: to_tensor(lay_out(name, array, cfg, native), cfg)
+                         for name, array in random_arrays(shapes, rng)})
             for model, shapes in param_shapes(cfg).items()}
 
 
@@ -574,9 +651,109 @@ def load_params(cfg):
                 array = read_parameter(name, stored, sources)
                 if not np.isfinite(array).all():
                     broken.append(f"{pathlib.Path(cfg['weights']) / model}: {name}")
-                return to_tensor(name, array, cfg, native)
+                return np.asarray(lay_out(name, array, cfg, native), order="C")
 
-            params[model] = nest(dict(zip(sources, pool.map(load, sources))))
+            arrays = pool.map(load, sources)
+            # not in the pool: MindSpore sometimes dies when several threads convert a dtype
+            params[model] = nest({name: to_tensor(array, cfg) for name, array in zip(sources, arrays)})
     if broken:
         raise InputError(f"weights: NaN or Inf in {'; '.join(sorted(broken))}")
     return params
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+def config_files(cfg):
+    """{file: contents} that make diffusers and transformers build cfg: cfg, IMPLEMENTED, and what follows from cfg."""
+    text, vae, vocoder, extractor = cfg["text_encoder"], cfg["vae"], cfg["vocoder"], cfg["feature_extractor"]
+    projection, levels = {"projection_dim": text["projection_dim"]}, len(vae["block_out_channels"])
+    samples = round(cfg["sampling"]["audio_length_in_s"] * vocoder["sampling_rate"])
+    follows = {
+        "text_encoder": {"model_type": "clap"},
+        "text_encoder.text_config": projection,
+        "text_encoder.audio_config": projection,
+        "unet": {"cross_attention_dim": cfg["unet"]["block_out_channels"],
+                 "sample_size": math.ceil(samples / (math.prod(vocoder["upsample_rates"]) * 2 ** (levels - 1)))},
+        "vae": {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels},
+        "vocoder": {"model_type": "hifigan"},
+        "feature_extractor": {"max_length_s": extractor["nb_max_samples"] // extractor["sampling_rate"]}}
+
+    def stated(name, section):
+        own = {key: stated(f"{name}.{key}", value) if isinstance(value, dict) else value
+               for key, value in section.items()}
+        return {**IMPLEMENTED.get(name, {}), **own, **follows.get(name, {})}
+
+    files = {path: stated(section, cfg[section]) for section, path in CONFIG_FILES.items()}
+    for model in MODELS:
+        library, name = CLASSES[model]
+        files[CONFIG_FILES[model]] |= {"_class_name": name} if library == "diffusers" else {"architectures": [name]}
+    longest = text["text_config"]["max_position_embeddings"] - text["text_config"]["pad_token_id"] - 1
+    return {**files, "model_index.json": {"_class_name": "MusicLDMPipeline", **CLASSES},
+            "tokenizer/tokenizer_config.json": {"tokenizer_class": CLASSES["tokenizer"][1],
+                                                "model_max_length": longest}}
+
+
+def clap_buffers(cfg):
+    """transformers' integer buffers. Without one it draws the weights beside it anew (`_initialize_missing_keys`)."""
+    prefix, index = "audio_model.audio_encoder", layers.relative_positions(cfg["audio_config"]["window_size"])
+    positions = np.arange(cfg["text_config"]["max_position_embeddings"])[None]
+    return {"text_model.embeddings.position_ids": positions,
+            "text_model.embeddings.token_type_ids": np.zeros_like(positions),
+            f"{prefix}.batch_norm.num_batches_tracked": np.array(0),
+            **{f"{prefix}.layers.{i}.blocks.{j}.attention.self.relative_position_index": index
+               for i, depth in enumerate(cfg["audio_config"]["depths"]) for j in range(depth)}}
+
+
+def checked_arrays(cfg, params, dtype):
+    """{model: {name: array of `dtype`}} as files hold them; an InputError tells all that is wrong with the tree."""
+    native, shapes = use_device(cfg) != "CPU", param_shapes(cfg)
+    laid_out = {f"{model}.{name}": lay_out(name, np.broadcast_to(np.int8(0), shape), cfg, native).shape
+                for model in shapes for name, shape in shapes[model].items()}
+    flat = {name: x if isinstance(x, Tensor) and x.is_floating_point()
+            else f"{type(x).__name__} {getattr(x, 'dtype', '')}".strip() for name, x in flatten(params).items()}
+    problem = mismatch(laid_out, flat, "params")
+    if problem:
+        raise InputError(problem)
+    with np.errstate(over="ignore"):  # told below
+        arrays = {model: {name: lay_back(name, flat[f"{model}.{name}"].asnumpy(), shape, cfg)
+                          .astype(dtype, order="C", copy=False) for name, shape in shapes[model].items()}
+                  for model in shapes}
+    broken = [f"{model}.{name}" for model in arrays for name, x in arrays[model].items() if not np.isfinite(x).all()]
+    if broken:
+        raise InputError(f"params: NaN or Inf in {dtype}: {', '.join(broken)}")
+    return arrays
+
+
+def save_params(cfg, params, folder, dtype="float32"):
+    """Write a checkpoint that load_params and diffusers' MusicLDMPipeline.from_pretrained read: all of it or nothing.
+
+    params: a tree such as load_params(cfg) returns, of any float dtype; the vocabulary is that of cfg["weights"]
+    folder: a new or an empty one
+    dtype: "float32" or "float16"
+    Raises InputError for a tree that is not of cfg's architecture or not finite in `dtype`, a folder that holds
+    something, and one that cannot be written.
+    """
+    if dtype not in ("float32", "float16"):
+        raise InputError(f"dtype is {dtype!r}; valid: float32, float16")
+    folder = pathlib.Path(folder).resolve()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        if os.path.exists(folder) and os.listdir(folder):
+            raise InputError(f"folder {folder} is not empty; valid: a new or an empty one")
+        arrays = checked_arrays(cfg, params, dtype)
+        arrays["text_encoder"] |= clap_buffers(cfg["text_encoder"])
+        texts = {name: json.dumps(content, indent=2) for name, content in config_files(cfg).items()}
+        texts |= dict(zip(TOKENIZER_FILES, vocabulary_files(cfg)))
+        part.mkdir()
+        for name in CLASSES:
+            (part / name).mkdir()
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+        for model, name in MODELS.items():
+            data = safetensors.numpy.save(arrays[model], {"format": "pt"})  # transformers refuses a file without
+            (part / model / f"{name}.safetensors").write_bytes(data)
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
