@@ -492,7 +492,7 @@ def clap_features(cfg, waveforms):
     extractor = cfg["feature_extractor"]
     length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
     window, filters, features = dsp.get_window("hann", size), mel_filters(extractor), []
-    for waveform in checked_audio(waveforms):
+    for waveform in checked_audio(waveforms, extractor["sampling_rate"]):
         waveform = np.tile(waveform[:length].astype(np.float64), max(1, length // len(waveform)))
         waveform = np.pad(np.pad(waveform, (0, length - len(waveform))), size // 2, mode="reflect")
         frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
@@ -545,9 +545,7 @@ def encode_audio(cfg, params, audio, sampling_rate=16000):
     sampling_rate: of the audio in Hz, an integer
     Raises InputError, before the tower runs, for audio that is empty, not finite, or of another shape or type.
     """
-    waveforms = checked_audio(audio)
-    if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
-        raise InputError(f"sampling_rate is {sampling_rate!r}; valid: an integer from 1000 to 192000")
+    waveforms = checked_audio(audio, sampling_rate)
     extractor, tower, p = cfg["feature_extractor"], frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
     encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
     rate, width = extractor["sampling_rate"], tower["spec_size"] * (tower["spec_size"] // tower["num_mel_bins"])
@@ -567,7 +565,7 @@ def score(cfg, params, prompts, audio, sampling_rate=16000):
 
     prompts as in `encode_prompt`, audio and sampling_rate as in `encode_audio`
     """
-    prompts, audio = checked_prompts(prompts), checked_audio(audio)
+    prompts, audio = checked_prompts(prompts), checked_audio(audio, sampling_rate)
     return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
 
 
@@ -614,8 +612,10 @@ def checked_array(name, value, shape):
     return array
 
 
-def checked_audio(audio):
+def checked_audio(audio, sampling_rate):
     """A list of (samples,) arrays, each with a finite floating-point sample or more."""
+    if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
+        raise InputError(f"sampling_rate is {sampling_rate!r}; valid: an integer from 1000 to 192000")
     try:
         several = isinstance(audio, (list, tuple)) or np.ndim(audio) == 2
         arrays = [np.asarray(x) for x in (audio if several else [audio])]
