@@ -463,13 +463,13 @@ def pndm(eps_fn, x, timesteps, alphas, *, final_alpha):
 
     The first step is taken twice: the second time with the mean of the noise at both of its ends.
     """
-    step, history = len(alphas) // max(1, len(timesteps) - 1), ()
+    step, start, history = len(alphas) // max(1, len(timesteps) - 1), x, ()
     for i, t in enumerate(timesteps):
         eps = eps_fn(x, int(t))
         if i == 1:
             x, t, eps = start, t + step, (eps + history[0]) / 2
         else:
-            start, history = x, (eps, *history[:3])
+            history = (eps, *history[:3])
             eps = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
         x = ddim_step(x, eps, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
         yield x
@@ -488,6 +488,7 @@ def in_sigma_scale(eps_fn, x, timesteps, alphas):
 def dpm(eps_fn, x, timesteps, alphas):
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095, algorithm 2); the first and last step are of first order."""
     eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    previous = None
     for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
         clean = x - sigma * eps_fn(x, t, sigma)
         target = clean

@@ -175,10 +175,12 @@ def check_architecture(cfg):
                    "stage of patch_size and window_size")
         if extractor["feature_size"] != mels:
             yield f"feature_extractor.feature_size is {extractor['feature_size']}; valid: num_mel_bins, {mels}"
+        if not 1000 <= extractor["sampling_rate"] <= 192000:
+            yield f"feature_extractor.sampling_rate is {extractor['sampling_rate']}; valid: 1000 to 192000"
         if not extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
             yield "feature_extractor.frequency_min, frequency_max and half the sampling_rate must lie in this order"
         if extractor["nb_max_samples"] // extractor["hop_length"] >= side * (side // mels):
-            yield (f"feature_extractor.nb_max_samples is {extractor['nb_max_samples']}; valid: up to "
+            yield (f"feature_extractor.nb_max_samples is {extractor['nb_max_samples']}; valid: below "
                    f"{side * (side // mels)} frames")
         if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
                 k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, MusicLDMPipeline, UNet2DCond
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer, SpeechT5HifiGan,
                           SpeechT5HifiGanConfig)
+from waveforms import SECONDS, waveform
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 CHANNELS = (12, 8, 12, 16)
@@ -185,6 +186,18 @@ def schedulers():
     np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
 
 
+def hear(pipe):
+    """What the audio tower makes of the test waveforms and the prompts; every 25th frame of the features."""
+    extractor, prompts = pipe.feature_extractor, CASES["batch"]["prompt"]
+    waveforms = [waveform(seconds, extractor.sampling_rate)[:extractor.nb_max_samples] for seconds in SECONDS]
+    features = extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features.float()
+    tokens = pipe.tokenizer(prompts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    out = pipe.text_encoder(**tokens, input_features=features)
+    print("cosines of audio", np.round((out.audio_embeds @ out.audio_embeds.T).numpy(), 3).tolist())
+    return {"features": features[:, :, ::25].numpy(), "audio_embeds": out.audio_embeds.numpy(),
+            "cosines": (out.text_embeds @ out.audio_embeds.T).numpy()}
+
+
 @torch.no_grad()
 def main():
     torch.set_num_threads(1)
@@ -202,6 +215,7 @@ def main():
     pipe.save_pretrained(GOLDEN / "checkpoint")
     arrays = {f"{name}.{key}": value for name, case in CASES.items() for key, value in run(pipe, case, rng).items()}
     np.savez_compressed(GOLDEN / "arrays.npz", **arrays)
+    np.savez_compressed(GOLDEN / "audio.npz", **hear(pipe))
     tokens = [[text, pipe.tokenizer(text, truncation=True, max_length=48).input_ids] for text in TEXTS]
     dump = dict(ensure_ascii=True, indent=0)
     (GOLDEN / "tokens.json").write_text(json.dumps(tokens, **dump) + "\n")
