@@ -5,20 +5,27 @@ VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
 """
 import argparse
 import collections
+import contextlib
 import difflib
 import functools
+import hashlib
 import io
 import math
 import numbers
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import types
 import unicodedata
 import warnings
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it here: its errors, without its warnings about kept graphs
 
 import mindspore
 import numpy as np
@@ -240,6 +247,12 @@ def tokenize(cfg, prompts):
     ids = [row + [vocab["<pad>"]] * (length - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
     return np.array(ids, np.int32), np.array(mask, np.int32)
+
+
+def padded_length(cfg, tokens):
+    """Up to a multiple of 16, so that there are few lengths to compile, and at most the text tower's positions."""
+    text = cfg["text_encoder"]["text_config"]
+    return min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - text["pad_token_id"] - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -619,18 +632,22 @@ def to_numpy(tensor):
     return tensor.astype(mindspore.float32).asnumpy().copy()  # asnumpy shares the tensor's memory
 
 
+def finite(array, what):
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} holds NaN or Inf: the weights, the latents or the dtype are at fault")
+    return array
+
+
 def encode_prompt(cfg, params, prompts):
     """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
 
-    Each text goes alone and padded to a multiple of 16 tokens: what stands beside it changes nothing, and there are few
-    lengths to compile.
+    Each text goes through the tower alone, so that what stands beside it changes nothing.
     """
     prompts, text = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
     distinct, pad = list(dict.fromkeys(prompts)), text["pad_token_id"]
     p, vectors = params["text_encoder"], {}
     for prompt, row, mask in zip(distinct, *tokenize(cfg, distinct)):
-        tokens = int(mask.sum())
-        length = min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - pad - 1)
+        tokens, length = int(mask.sum()), padded_length(cfg, int(mask.sum()))
         ids = np.full((1, length), pad, np.int32)
         ids[0, :tokens] = row[:tokens]
         # RoBERTa counts positions over what is not padding, from pad_token_id + 1
@@ -698,7 +715,8 @@ def decode_latents(cfg, params, latents, loop=False):
     """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
     x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
     p, vae = mindspore.mutable(params["vae"]), frozen(cfg["vae"])
-    return np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop)) for i in range(len(x))])
+    return finite(np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop))
+                                  for i in range(len(x))]), "the spectrogram")
 
 
 def hifigan_reach(vocoder):
@@ -735,7 +753,8 @@ def vocode(cfg, params, mel, loop=False, window=1024):
             parts.append(part[done - start * hop:end])
             done = start * hop + end
         waveforms.append(np.concatenate(parts))
-    return np.stack(waveforms)[:, reach * hop:reach * hop + samples] if loop else np.stack(waveforms)
+    audio = finite(np.stack(waveforms), "the audio")
+    return audio[:, reach * hop:reach * hop + samples] if loop else audio
 
 
 def clip_size(cfg, seconds, loop=False):
@@ -924,10 +943,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
     for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
-        latents = to_numpy(x).transpose(0, 3, 1, 2)
-        if not np.isfinite(latents).all():
-            raise InputError(f"the latents hold NaN or Inf after step {i + 1} of {len(timesteps)}: the weights, the "
-                             "latents or the dtype are at fault")
+        latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"step {i + 1} of {len(timesteps)}")
         if callback is not None and i % sampling["callback_steps"] == 0:
             callback(i, int(timesteps[i]), latents.copy())
     return latents
@@ -992,8 +1008,6 @@ def generate(cfg, prompt=None, params=None, **options):
     result = decode_latents(cfg, params, latents, loop)
     if sampling["output_type"] == "np":
         result = vocode(cfg, params, result, loop)[:, :samples]
-    if not np.isfinite(result).all():
-        raise InputError("the result holds NaN or Inf: the weights or the dtype are at fault")
     if sampling["output_type"] == "mel" or takes == 1:
         return result
     return result[rank(cfg, params, prompt_embeds, result)[0]]
@@ -1141,95 +1155,158 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def run(argv):
-    start = time.perf_counter()
-    args = parse_arguments(argv)
-    say = (lambda *values: None) if args.quiet else lambda *values: print(*values, flush=True)
+@contextlib.contextmanager
+def kept_graphs(plan):
+    """Compiled graphs in the user's cache folder, from the last run of the same plan and for the next one.
+
+    MindSpore (MS_COMPILER_CACHE_ENABLE) finds a graph by its number in the order of compilation alone, and looks for
+    the folder once a process. So a folder serves one plan, all that order and graphs follow from, and one version of
+    the code; it appears under its name when a run is through.
+    """
+    sources = [path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+    key = hashlib.sha256(repr((mindspore.__version__, sources, plan)).encode()).hexdigest()[:16]
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "musicldm" / key
+    part = folder.with_name(f"{key}.{os.getpid()}.part")
+    try:
+        folder.exists() or part.mkdir(parents=True)
+    except OSError:  # as well without
+        os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(folder if folder.exists() else part)
+    try:
+        yield
+        if part.exists() and not folder.exists():
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def planned(args):
+    """Everything that a run needs to know before it loads any weights, all checked: a namespace."""
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set)
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
-    if args.interpolate and len(prompts) != 2:
-        raise InputError(f"--interpolate stands beside {len(prompts)} prompts; valid: two")
     options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     sampling = checked_options(cfg, options, n)
+    takes, negative = sampling["num_waveforms_per_prompt"], sampling["negative_prompt"] or ""
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
-    takes, loop, weight = (sampling["num_waveforms_per_prompt"], sampling["loop"], sampling["audio_prompt_weight"])
+    if args.interpolate and (len(prompts), takes) != (2, 1):
+        raise InputError(f"--interpolate stands beside {len(prompts)} prompts and {takes} waveforms; valid: 2 and 1")
     heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
-    samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
-    rate = cfg["vocoder"]["sampling_rate"]
-    timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
-    seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
-    negative = sampling["negative_prompt"] or ""
-    negatives = [negative] * n if isinstance(negative, str) else negative
-
+    samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    seeds = ([sampling["seed"]] * n if args.interpolate else take_seeds(sampling["seed"], texts, takes))
     if args.prompts_file:
         names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), seeds)]
     else:
-        names = ["".join(f"_{i + 1}" for i, count in ((row // takes, n), (row % takes, takes)) if count > 1)
+        names = [(f"_{row // takes + 1}" if n > 1 else "") + (f"_{row % takes + 1}" if takes > 1 else "")
                  for row in range(n * takes)]
     paths = [numbered(args.out, name) for name in names]
+    pictures = [numbered(args.spectrogram, name) for name in names] if args.spectrogram else []
     check_output("--out", paths, FORMATS, 2 * samples * max(takes, args.batch))
-    if args.spectrogram:
-        check_output("--spectrogram", [numbered(args.spectrogram, name) for name in names], (".png",), 1)
+    if pictures:
+        check_output("--spectrogram", pictures, (".png",), 1)
     check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
 
-    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {samples / rate:g} s, "
-        f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, "
-        f"eta {sampling['eta']:g}, seed {sampling['seed']}")
+    together = max(1, args.batch // takes)
+    groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
+    # each process of msrun takes whole groups, so that no file depends on how many processes there are
+    groups = groups[int(os.environ.get("RANK_ID", 0))::int(os.environ.get("RANK_SIZE", 1))]
+    if args.resume:
+        groups = [group for group in groups
+                  if not all(path.exists() for path in paths[group.start * takes:group.stop * takes])]
+    return types.SimpleNamespace(
+        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), heard=heard, seeds=seeds, paths=paths,
+        pictures=pictures, groups=groups, samples=samples, size=size, batch=args.batch, interpolated=args.interpolate,
+        named_by_seed=bool(args.prompts_file), negatives=negative if isinstance(negative, list) else [negative] * n)
+
+
+def what_graphs_follow_from(plan):
+    """The numbers that decide which graphs a run compiles, and in which order."""
+    texts = [text for group in plan.groups for texts in (plan.texts if plan.interpolated else
+                                                         plan.texts[group.start:group.stop],
+                                                         plan.negatives[group.start:group.stop]) for text in texts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself will warn
+        lengths = [padded_length(plan.cfg, int(mask.sum())) for mask in tokenize(plan.cfg, texts)[1]] if texts else []
+    return ({**plan.cfg, "weights": None, "sampling": None}, plan.size, plan.sampling["loop"], plan.batch,
+            plan.sampling["guidance_scale"] > 1, plan.sampling["num_waveforms_per_prompt"], plan.heard is None,
+            plan.prompted, list(map(len, plan.groups)), lengths)
+
+
+def produce(plan, params, group, quiet):
+    """{path: bytes} of the prompts of one group, and a line about each waveform."""
+    cfg, sampling, takes = plan.cfg, plan.sampling, plan.sampling["num_waveforms_per_prompt"]
+    here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
+    weight, rate, seconds = (sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"],
+                             plan.samples / cfg["vocoder"]["sampling_rate"])
+    if plan.interpolated:
+        ends = prompt_vectors(cfg, params, plan.texts, plan.heard, weight)
+        toward = interpolate(*ends, plan.interpolated)[here]
+    else:
+        toward = prompt_vectors(cfg, params, plan.texts[here] if plan.prompted else None, plan.heard, weight)
+    away = encode_prompt(cfg, params, plan.negatives[here])
+    evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"]))
+    mel = []
+    for first in range(0, len(rows), plan.batch):
+        some = rows[first:first + plan.batch]
+        prompts = [row // takes - group.start for row in some]
+        name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
+        mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt_embeds=away[prompts],
+                            negative_prompt=None, seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1,
+                            output_type="mel", callback=None if quiet else progress_line(name, evaluations),
+                            callback_steps=1))
+    mel = np.concatenate(mel)
+    audio = vocode(cfg, params, mel, sampling["loop"])[:, :plan.samples]
+    order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
+    files, lines = {}, []
+    for place, i in enumerate(order):
+        row = rows[i if plan.named_by_seed else place]  # whose name the file gets: that of its seed, or of its place
+        path = plan.paths[row]
+        files[path] = audio_bytes(audio[i], rate, path.suffix)
+        if plan.pictures:
+            files[plan.pictures[row]] = spectrogram_bytes(mel[i], seconds)
+        score = "" if scores is None else f"  score {scores[place]:.3f}"
+        lines.append(f"{path}  {seconds:.2f} s  seed {plan.seeds[rows[i]]}{score}")
+    return files, lines
+
+
+def run(argv, keep_graphs):
+    start = time.perf_counter()
+    args = parse_arguments(argv)
+    say = (lambda text: None) if args.quiet else functools.partial(print, flush=True)
+    plan = planned(args)
+    cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]
+    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, {sampling['scheduler']}, "
+        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
+        f"seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
-    params = checkpoints.load_params(cfg)
-    if args.interpolate:
-        way = interpolate(*prompt_vectors(cfg, params, texts, heard, weight), n)
-
-    written, together = 0, max(1, args.batch // takes)
-    # each process of msrun takes whole batches, so that no file depends on how many processes there are
-    for first in range(together * int(os.environ.get("RANK_ID", 0)), n, together * int(os.environ.get("RANK_SIZE", 1))):
-        last = min(first + together, n)
-        rows = range(first * takes, last * takes)
-        if args.resume and all(paths[row].exists() for row in rows):
-            continue
-        embeds = (way[first:last] if args.interpolate else
-                  prompt_vectors(cfg, params, texts[first:last] if prompts else None, heard, weight))
-        toward = np.repeat(embeds, takes, axis=0)
-        away = np.repeat(encode_prompt(cfg, params, negatives[first:last]), takes, axis=0)
-        mel = []
-        for i in range(0, len(rows), args.batch):
-            some = slice(i, i + args.batch)
-            name = f"{rows[i] + 1}/{n * takes}  " if n * takes > 1 else ""
-            mel.append(generate(cfg, None, params, prompt_embeds=toward[some], negative_prompt_embeds=away[some],
-                                negative_prompt=None, seed=[seeds[row] for row in rows[some]],
-                                num_waveforms_per_prompt=1, output_type="mel", callback_steps=1,
-                                callback=None if args.quiet else progress_line(name, len(timesteps))))
-        mel = np.concatenate(mel)
-        audio = vocode(cfg, params, mel, loop)[:, :samples]
-        order, scores = rank(cfg, params, embeds, audio) if takes > 1 else (range(len(rows)), [None] * len(rows))
-        files, lines = {}, []
-        for place, row, score in zip(rows, order, scores):
-            at = rows[row] if args.prompts_file else place  # a name tells the seed, or else the place among the takes
-            files[paths[at]] = audio_bytes(audio[row], rate, paths[at].suffix)
-            if args.spectrogram:
-                files[numbered(args.spectrogram, names[at])] = spectrogram_bytes(mel[row], samples / rate)
-            lines.append(f"{paths[at]}  {samples / rate:.2f} s  seed {seeds[rows[row]]}"
-                         + ("" if score is None else f"  score {score:.3f}"))
-        write_files(files)
-        written += len(lines)
-        say("\n".join(lines))
+    written = 0
+    if plan.groups:
+        with kept_graphs(what_graphs_follow_from(plan)) if keep_graphs else contextlib.nullcontext():
+            params = checkpoints.load_params(cfg)
+            for group in plan.groups:
+                files, lines = produce(plan, params, group, args.quiet)
+                write_files(files)
+                say("\n".join(lines))
+                written += len(lines)
     took = time.perf_counter() - start
-    each = f", {took * rate / (written * samples):.2f} s for each second of audio" if written else ", nothing to do"
-    say(f"{took:.1f} s in all{each}")
+    say(f"{took:.1f} s in all, " + (f"{took / (written * seconds):.2f} s for each second of audio" if written else
+                                    "nothing left to do"))
 
 
-def main(argv=None):
-    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C."""
+def main(argv=None, keep_graphs=False):
+    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C.
+
+    keep_graphs: see `kept_graphs`; once a process
+    """
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return 0  # msrun starts the command once more than it has workers, to let them find each other: nothing to do
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"musicldm: warning: {message}", file=sys.stderr)
-            run(argv)
+            run(argv, keep_graphs)
     except InputError as error:
         print(f"musicldm: error: {error}", file=sys.stderr)
         return 2
@@ -1242,4 +1319,5 @@ def main(argv=None):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that was interrupted
-    sys.exit(main())
+    os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "1")  # "0" keeps no graphs
+    sys.exit(main(keep_graphs=os.environ["MS_COMPILER_CACHE_ENABLE"] == "1"))
