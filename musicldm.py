@@ -707,6 +707,8 @@ def read_audio(cfg, audio):
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
+        if waveform.shape[1] > max(1, len(waveform)):
+            raise InputError(f"audio_prompt has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
         waveform = waveform.mean(axis=1)
     return checked_audio([waveform], rate)[0], rate
 

@@ -1,12 +1,19 @@
 """generate() against the reference pipeline's stored results, and what it promises its callers."""
 import copy
+import itertools
+import re
 
 import numpy as np
 import pytest
-from conftest import CASES, case_config, case_options, golden_config, reference, relative_error
+import soundfile
+from conftest import CASES, GOLDEN, case_config, case_options, golden_config, reference, relative_error
+from waveforms import waveform
 
 import musicldm
+import weights
 from weights import InputError
+
+SHORT = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -23,14 +30,55 @@ def test_equal_to_the_reference(name, params):
     assert relative_error(audio, expected["audio"]) < 2e-4
 
 
+TAKES = CASES["batch"]["prompt"][::2]  # the other one's audio would be ranked the same
+
+
+@pytest.fixture(scope="module")
+def alone(params):
+    """Latents and waveform of both prompts with the seeds 0 to 3: {(prompt, seed): [latents, waveform]}."""
+    return {(prompt, seed): [musicldm.generate(golden_config(), prompt, params, **SHORT, eta=1.0, seed=seed,
+                                               output_type=kind)[0] for kind in ("latent", "np")]
+            for prompt in TAKES for seed in range(4)}
+
+
 @pytest.mark.filterwarnings("ignore:a prompt is longer")
-def test_each_prompt_of_a_batch_equals_itself_alone(params):
-    cfg, options = golden_config(), {"num_inference_steps": 3, "audio_length_in_s": 0.44, "eta": 1.0, "seed": 7}
-    prompts = CASES["batch"]["prompt"]
-    together = musicldm.generate(cfg, prompts, params, **options)
-    for prompt, wanted in zip(prompts[1:], together[1:]):
-        assert relative_error(musicldm.generate(cfg, prompt, params, **options)[0], wanted) < 2e-4
-    assert relative_error(together[0], together[1]) > 1e-2
+def test_takes_count_up_the_seed_and_each_equals_itself_alone(params, alone):
+    together = musicldm.generate(golden_config(), TAKES, params, **SHORT, eta=1.0, seed=2, num_waveforms_per_prompt=2,
+                                 output_type="latent")
+    for latents, run in zip(together, itertools.product(TAKES, (2, 3)), strict=True):
+        assert relative_error(latents, alone[run][0]) < 2e-5
+    assert all(relative_error(x, y) > 1e-2 for x, y in itertools.combinations(together, 2))
+
+
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+def test_takes_are_ranked_within_their_prompt(params, alone):
+    cfg, seeds = golden_config(), [2, 3, 0, 1]
+    ranked = musicldm.generate(cfg, TAKES, params, **SHORT, eta=1.0, seed=seeds, num_waveforms_per_prompt=2)
+    wanted = []
+    for prompt, own in zip(TAKES, (seeds[:2], seeds[2:])):
+        scores = musicldm.score(cfg, params, prompt, [alone[prompt, seed][1] for seed in own])[0]
+        assert abs(scores[0] - scores[1]) > 1e-3  # rounding cannot swap them
+        wanted += [(prompt, own[i]) for i in np.argsort(-scores)]
+    assert [seed for _, seed in wanted] == [3, 2, 0, 1]
+    for audio, run in zip(ranked, wanted, strict=True):
+        assert relative_error(audio, alone[run][1]) < 2e-4
+
+
+def test_rank_compares_the_takes_of_one_prompt_alone(monkeypatch):
+    angles = np.array([50, 10, 20, 5, 95, 40])  # the second prompt, at 90 degrees, is nearer to a take of the first
+    heard = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1)
+    monkeypatch.setattr(musicldm, "encode_audio", lambda cfg, params, audio, rate: heard)
+    order, scores = musicldm.rank(golden_config(), None, np.eye(2), np.zeros((6, 9)))
+    assert order.tolist() == [1, 2, 0, 4, 5, 3]
+    assert np.allclose(scores, np.cos(np.radians([10, 20, 50, 5, 50, 85])))
+
+
+@pytest.mark.parametrize("seed, prompts, takes, seeds", [
+    (5, ["a", "b"], 1, [5, 5]), (5, ["a", "b"], 2, [5, 6, 5, 6]), (0, ["a", "b", "a"], 2, [0, 1, 0, 1, 2, 3]),
+    ([3, 1, 3, 1], ["a", "a"], 2, [3, 1, 3, 1]),
+])
+def test_seeds_of_takes(seed, prompts, takes, seeds):
+    assert musicldm.take_seeds(seed, prompts, takes) == seeds
 
 
 def test_same_seed_same_music_other_seed_other_music(params):
@@ -40,10 +88,10 @@ def test_same_seed_same_music_other_seed_other_music(params):
 
 
 def test_seed_noise_is_unit_normal_and_each_step_has_its_own():
-    draws = np.stack([musicldm.standard_normal(5, draw, ["a", "b", "a"], (8, 100, 16)) for draw in range(4)])
+    draws = np.stack([musicldm.standard_normal([5, 6, 5], draw, (8, 100, 16)) for draw in range(4)])
     assert np.allclose(draws.mean((2, 3, 4)), 0, atol=0.03) and np.allclose(draws.std((2, 3, 4)), 1, atol=0.03)
-    assert np.array_equal(draws[:, 0], draws[:, 1])
-    different = draws[:, ::2].reshape(8, -1)  # each step, and each repetition of a prompt
+    assert np.array_equal(draws[:, 0], draws[:, 2])
+    different = draws[:, :2].reshape(8, -1)  # each step, and each seed
     assert np.abs(np.corrcoef(different) - np.eye(8)).max() < 0.05
 
 
@@ -51,6 +99,121 @@ def test_seed_noise_is_unit_normal_and_each_step_has_its_own():
 def test_every_sample_asked_for_is_there(seconds, samples):
     count, (channels, height, width) = musicldm.clip_size(golden_config(), seconds)
     assert (count, channels, width) == (samples, 8, 4) and (height - 1) * 640 < samples <= height * 640
+
+
+@pytest.mark.filterwarnings("ignore:a prompt is longer")
+def test_what_stands_beside_a_text_does_not_change_its_vector(params):
+    texts = ["a slow blues", "", "a", "drums " * 20]
+    together = musicldm.encode_prompt(golden_config(), params, [*texts, "a slow blues"])
+    wanted = np.concatenate([musicldm.encode_prompt(golden_config(), params, text) for text in [*texts, texts[0]]])
+    assert np.array_equal(together, wanted) and len(np.unique(together, axis=0)) == len(texts)
+
+
+def test_vectors_stand_for_the_texts_they_were_made_of(params):
+    cfg, (prompt, negative), options = golden_config(), ("a slow blues", "drums"), {**SHORT, "output_type": "latent"}
+    vectors = musicldm.encode_prompt(cfg, params, [prompt, negative])
+    toward, away = {"prompt_embeds": vectors[:1]}, {"negative_prompt_embeds": vectors[1:].tolist()}
+    wanted = musicldm.generate(cfg, prompt, params, negative_prompt=negative, **options)
+    for text, others in ((prompt, away), (None, {**toward, "negative_prompt": negative}), (None, {**toward, **away})):
+        assert np.array_equal(musicldm.generate(cfg, text, params, **others, **options), wanted)
+    assert not np.allclose(wanted, musicldm.generate(cfg, None, params, **toward, **options), atol=1e-3)
+
+
+@pytest.fixture
+def sound(tmp_path):
+    """The same sound in every form that audio_prompt takes, and its mono samples: 1 s at 16 kHz, and at 44.1 kHz."""
+    mono = {rate: np.round(waveform(1, rate).astype(np.float64) * 2 ** 15) / 2 ** 15 for rate in (16000, 44100)}
+    stereo = np.stack([mono[44100] + 0.125, mono[44100] - 0.125], axis=1)
+    for name, samples, rate in (("a.wav", mono[16000], 16000), ("a.flac", mono[16000], 16000),
+                                ("b.wav", stereo, 44100)):
+        soundfile.write(tmp_path / name, samples, rate)
+    forms = {16000: [tmp_path / "a.wav", str(tmp_path / "a.flac"), mono[16000], (mono[16000], 16000)],
+             44100: [tmp_path / "b.wav", soundfile.read(tmp_path / "b.wav"), (stereo.astype(np.float32), 44100)]}
+    return mono, forms
+
+
+def test_audio_prompts(sound, params):
+    cfg, text = golden_config(), musicldm.encode_prompt(golden_config(), params, ["a", "drums"])
+    for rate, mono in sound[0].items():
+        heard = musicldm.encode_audio(cfg, params, mono, rate)
+        for form in sound[1][rate]:
+            assert np.array_equal(musicldm.prompt_vectors(cfg, params, None, form), heard)
+    assert np.abs(heard - text).max() > 0.1
+    for weight, wanted in ((0, text), (1, heard), (0.5, text + heard), (0.2, 4 * text + heard)):
+        mixed = musicldm.prompt_vectors(cfg, params, ["a", "drums"], (mono, rate), weight)
+        wanted = np.broadcast_to(wanted / np.linalg.norm(wanted, axis=1, keepdims=True), mixed.shape)
+        assert relative_error(mixed, wanted) < 1e-6
+    options = {**SHORT, "output_type": "latent"}
+    for prompt, weight in ((None, 0.5), ("a", 0.5), ("a", 0.2)):
+        vector = musicldm.prompt_vectors(cfg, params, prompt, (mono, rate), weight)
+        assert np.array_equal(
+            musicldm.generate(cfg, prompt, params, audio_prompt=(mono, rate), audio_prompt_weight=weight, **options),
+            musicldm.generate(cfg, None, params, prompt_embeds=vector, **options))
+
+
+def test_interpolation_goes_along_the_great_circle():
+    start, other = np.random.default_rng(0).standard_normal((2, 512)).astype(np.float32)
+    for end in (other, start + other / 100):
+        start, end = start / np.linalg.norm(start), end / np.linalg.norm(end)
+        way = musicldm.interpolate(start, end, 5)
+        assert way.dtype == np.float32 and np.allclose(way[[0, -1]], [start, end], atol=1e-6)
+        assert np.allclose(np.linalg.norm(way, axis=1), 1, atol=1e-6)
+        assert np.allclose(np.linalg.norm(np.diff(way, axis=0), axis=1), np.linalg.norm(way[1] - way[0]), rtol=1e-3)
+        assert np.allclose(way[2] * np.linalg.norm(start + end), start + end, atol=1e-5)  # halfway is the mean
+    assert np.array_equal(musicldm.interpolate(start, start, 3), [start] * 3)
+    assert np.array_equal(musicldm.interpolate(start, end, 1), [start])
+
+
+@pytest.mark.parametrize("seconds, samples", [(0.04, 5120), (0.47, 5120), (0.49, 10240), (10.24, 163840), (60, 962560)])
+def test_loops_are_rounded_to_the_coarsest_level(seconds, samples):
+    assert musicldm.clip_size(golden_config(), seconds, loop=True) == (samples, (8, samples // 640, 4))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_shifted_loop_is_the_same_loop_later(eta, params):
+    cfg, rng, results = golden_config("sampling.loop=true"), np.random.default_rng(0), []
+    latents, noise = rng.standard_normal((1, 8, 24, 4)), rng.standard_normal((2, 1, 8, 24, 4))
+    for shift in (0, 8, 16):  # the UNet's coarsest level has a row for 8 of the latents, a latent row 640 samples
+        steps = []
+        audio = musicldm.generate(cfg, "a", params, audio_length_in_s=0.9, num_inference_steps=2, eta=eta,
+                                  latents=np.roll(latents, shift, 2), noise=np.roll(noise, shift, 3),
+                                  callback=lambda step, timestep, x: steps.append(x))
+        results.append((np.roll(steps[-1], -shift, 2), np.roll(audio, -640 * shift, 1)))
+    for shifted in results[1:]:
+        assert relative_error(shifted[0], results[0][0]) < 5e-6
+        assert relative_error(shifted[1], results[0][1]) < 1e-4
+    assert audio.shape == (1, 24 * 640)
+
+
+def test_a_loop_of_one_moment_never_changes_not_even_where_it_joins(params):
+    latents = np.random.default_rng(0).standard_normal((1, 8, 1, 4)).repeat(24, axis=2)
+    audio = musicldm.generate(golden_config(), "a", params, audio_length_in_s=0.96, num_inference_steps=2, loop=True,
+                              latents=latents)
+    frames = audio.reshape(96, 160)
+    assert relative_error(frames, np.tile(frames[48], (96, 1))) < 2e-4 and np.abs(np.diff(frames)).max() > 0.1
+    unlooped = musicldm.vocode(golden_config(), params, np.ones((1, 32, 16), np.float32))
+    frames = unlooped[0, :32 * 160].reshape(32, 160)
+    assert np.abs(frames[0] - frames[16]).max() > 1e-2
+
+
+def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
+    cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((2, 32, 16)).astype(np.float32)
+    wholes = [musicldm.vocode(cfg, params, mel, loop) for loop in (False, True)]
+    assert [whole.shape for whole in wholes] == [(2, 32 * 160 + 32), (2, 32 * 160)]
+    shifted = musicldm.vocode(cfg, params, np.roll(mel, 7, 1), loop=True)
+    assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < 1e-6
+    for loop in (False, True):  # two windows, and six
+        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < 1e-6
+    monkeypatch.setattr(musicldm, "hifigan_reach", lambda vocoder: 7)
+    assert relative_error(musicldm.vocode(cfg, params, mel, window=31), wholes[0]) > 1e-3
+
+
+def test_no_sample_depends_on_frames_out_of_reach(params):
+    cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
+    changed = mel.copy()
+    changed[:, 16] += 5
+    frames = np.flatnonzero(musicldm.vocode(cfg, params, changed)[0] != musicldm.vocode(cfg, params, mel)[0]) // 160
+    assert 8 < max(16 - frames[0], frames[-1] - 16) <= musicldm.hifigan_reach(cfg["vocoder"]) <= 12
 
 
 def test_output_types_and_length(params):
@@ -89,11 +252,40 @@ def test_a_result_that_is_not_finite_is_an_error(params):
     broken = {**params, "vocoder": {**params["vocoder"]}}
     bias = params["vocoder"]["conv_post"]["bias"]
     broken["vocoder"]["conv_post"] = {**params["vocoder"]["conv_post"], "bias": bias * float("nan")}
-    with pytest.raises(InputError, match="NaN or Inf"):
-        musicldm.generate(golden_config(), "a", broken, num_inference_steps=2, audio_length_in_s=0.32)
+    with pytest.raises(InputError, match="the result holds NaN or Inf"):
+        musicldm.generate(golden_config(), "a", broken, **SHORT)
 
 
-ONE_PROMPT = (1, 8, 8, 4)
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_step_that_goes_wrong_is_named(number, params, monkeypatch):
+    calls, steps, guided_noise = itertools.count(1), [], musicldm.guided_noise
+    monkeypatch.setattr(musicldm, "guided_noise", lambda *given: guided_noise(*given) * (
+        float("nan") if next(calls) == number else 1.0))
+    with pytest.raises(InputError, match=f"NaN or Inf after step {number} of 5"):
+        musicldm.generate(golden_config(), "a", params, num_inference_steps=5, audio_length_in_s=0.32,
+                          callback=lambda step, timestep, latents: steps.append(step))
+    assert steps == list(range(number - 1))
+
+
+def test_a_clip_beyond_memory_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(weights, "load_params", None)
+    with pytest.raises(InputError, match="64 at once with latents of 15000 x 16 .*; valid: a shorter") as error:
+        musicldm.generate(musicldm.load_config(weights="random"), ["a"] * 64, audio_length_in_s=600)
+    estimate, free = map(float, re.findall(r"\d+\.\d", str(error.value)))
+    assert estimate > max(free, 64 * 2 * 15000 * 16 * 128 * 4 / 1e9)  # one activation of the UNet's first level
+
+
+def test_two_configurations_share_arrays(params):
+    bias = params["unet"]["conv_out"]["bias"]
+    other = {**params, "unet": {**params["unet"], "conv_out": {**params["unet"]["conv_out"], "bias": bias + 1}}}
+    mixed, cfg = {**params, "unet": other["unet"]}, golden_config()
+    first, changed, again = (musicldm.generate(cfg, "a", tree, **SHORT, output_type="latent", guidance_scale=2.0)
+                             for tree in (params, mixed, params))
+    assert mixed["vae"] is params["vae"] and np.array_equal(first, again)
+    assert not np.allclose(first, changed, atol=0.1)
+
+
+ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
 
 
 @pytest.mark.parametrize("prompt, options, message", [
@@ -111,14 +303,41 @@ ONE_PROMPT = (1, 8, 8, 4)
     ("a", {"audio_length_in_s": float("nan")}, "finite"), ("a", {"audio_length_in_s": 0.039}, "valid: 0.04 to 600"),
     ("a", {"audio_length_in_s": 601}, "valid: 0.04 to 600"), ("a", {"callback_steps": 0}, "1 or more"),
     ("a", {"callback": 3}, "callback is 3"), ("a", {"output_type": "pt"}, "valid: np, mel, latent"),
-    ("a", {"negative_prompt": ["a", "b"]}, "negative_prompt is a list of 2; valid: one text, or one for each of the 1"),
+    ("a", {"negative_prompt": ["a", "b"]}, "negative_prompt is a list of 2; valid: one, or a list of 1"),
     ("a", {"negative_prompt": 5}, "negative_prompt is 5"), ("a", {"negative_prompt": [None]}, "negative_prompt is"),
     ("a", {"latents": np.zeros((1, 8, 9, 4))}, r"latents has the shape \(1, 8, 9, 4\); valid: \(1, 8, 8, 4\)"),
     ("a", {"latents": np.full(ONE_PROMPT, np.inf)}, "latents holds NaN or Inf"),
     ("a", {"latents": "loud"}, "latents is not an array of numbers"),
     ("a", {"noise": np.zeros((3, *ONE_PROMPT)), "num_inference_steps": 4}, "noise has the shape"),
+    ("a", {"latents": np.zeros(ONE_PROMPT), "num_waveforms_per_prompt": 2}, r"\(1, 8, 8, 4\); valid: \(2, 8, 8, 4\)"),
+    ("a", {"num_waveforms_per_prompt": 0}, "per_prompt is 0; valid: 1 or more"),
+    ("a", {"num_waveforms_per_prompt": 1.5}, "per_prompt is 1.5; valid: an integer"),
+    ("a", {"seed": [1, 2]}, "seed is a list of 2; valid: one, or a list of 1"), ("a", {"seed": []}, "a list of 0"),
+    (["a", "b"], {"seed": [1, 2, 3], "num_waveforms_per_prompt": 2}, "seed is a list of 3; valid: one, or a list of 4"),
+    ("a", {"seed": [-1]}, "seed is -1"), ("a", {"loop": 1}, "loop is 1; valid: true or false"),
+    (None, {}, "prompt is None"),
+    (None, {"prompt_embeds": 2 * UNIT}, "^prompt_embeds has a row of length 2; valid: rows of length 1"),
+    (None, {"prompt_embeds": np.eye(1, 23)}, r"^prompt_embeds has the shape \(1, 23\); valid: \(None, 24\)"),
+    (None, {"prompt_embeds": UNIT[0]}, r"the shape \(24,\)"),
+    (None, {"prompt_embeds": UNIT[:0]}, r"the shape \(0, 24\)"),
+    (None, {"prompt_embeds": UNIT * np.nan}, "^prompt_embeds holds NaN or Inf"),
+    ("a", {"prompt_embeds": UNIT}, "prompt_embeds stands beside a prompt"),
+    (None, {"prompt_embeds": UNIT, "audio_prompt": np.ones(9)}, "stands beside a prompt or an audio_prompt"),
+    ("a", {"negative_prompt_embeds": 0.9 * UNIT}, "^negative_prompt_embeds has a row of length 0.9"),
+    ("a", {"negative_prompt_embeds": np.eye(2, 24)}, r"has the shape \(2, 24\); valid: \(1, 24\)"),
+    ("a", {"negative_prompt_embeds": UNIT, "negative_prompt": ""}, "stands beside a negative_prompt"),
+    (None, {"audio_prompt": "no.wav"}, "audio_prompt: cannot read no.wav: .*valid: a file that soundfile reads"),
+    (None, {"audio_prompt": __file__}, "audio_prompt: cannot read .*test_pipeline.py"),
+    ("a", {"audio_prompt": GOLDEN}, "audio_prompt: cannot read .*golden"),
+    ("a", {"audio_prompt": np.full(9, np.nan)}, "audio holds NaN or Inf"),
+    ("a", {"audio_prompt": np.zeros(0)}, r"audio has the shape \(0,\)"),
+    ("a", {"audio_prompt": (np.ones(9, np.int16), 16000)}, "int16; valid: floating-point"),
+    ("a", {"audio_prompt": (np.ones(9), 44100.0)}, "sampling_rate is 44100.0; valid: an integer"),
+    ("a", {"audio_prompt": np.ones((1, 5120))}, r"audio_prompt has the shape \(1, 5120\); valid: \(samples,\)"),
+    ("a", {"audio_prompt": np.ones(9), "audio_prompt_weight": 1.1}, "audio_prompt_weight is 1.1; valid: 0 to 1"),
 ])
-def test_unusable_arguments(prompt, options, message):
+def test_unusable_arguments(prompt, options, message, monkeypatch):
+    monkeypatch.setattr(weights, "load_params", None)  # it is too early to load any
     with pytest.raises(InputError, match=message) as error:
         musicldm.generate(golden_config(), prompt, None, **{"audio_length_in_s": 0.32, **options})
     assert "\n" not in str(error.value)
