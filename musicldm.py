@@ -727,7 +727,7 @@ def hifigan_reach(vocoder):
     block = max(sum((kernel - 1) // 2 * (dilation + 1) for dilation in d) for kernel, d in zip(kernels, dilations))
     reach, rate = 3, 1  # conv_pre has 7 taps
     for kernel, stride in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"]):
-        reach += polyphase(kernel, stride)[1] / rate
+        reach += polyphase(kernel, stride)[0] / rate
         rate *= stride
         reach += block / rate
     return math.ceil(reach + 3 / rate)

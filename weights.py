@@ -7,6 +7,7 @@ joined by dots, is its name in the file. A number stays with the word before it 
 """
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -427,24 +428,29 @@ def shard_paths(folder, model):
 
 
 def stored_tensors(folder, model):
-    """{name: array} over all shards, mapped from the files: nothing is read yet. bfloat16 comes as its uint16 bits."""
-    arrays = {}
+    """({name: array}, the mappings) over all shards: mapped from the files, nothing is read yet.
+
+    bfloat16 comes as its uint16 bits.
+    """
+    arrays, mappings = {}, []
     for path in shard_paths(folder, model):
         try:
             with safetensors.safe_open(path, "np") as file:  # checks the header and that the file is whole
                 names = file.keys()
-            raw = np.memmap(path, np.uint8, mode="r")
+            with open(path, "rb") as file:
+                mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError:
             raise InputError(f"weights: {path} is missing") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
+        raw = np.frombuffer(mappings[-1], np.uint8)
         start = 8 + int(raw[:8].view("<u8")[0])  # the format: header length, JSON header, data
         header = json.loads(raw[8:start].tobytes())
         for name in names:
             begin, end = (start + offset for offset in header[name]["data_offsets"])
             dtype = DTYPES.get(header[name]["dtype"])
             arrays[name] = raw[begin:end].view(dtype).reshape(header[name]["shape"]) if dtype else header[name]["dtype"]
-    return {name: array for name, array in arrays.items() if not IGNORED_BUFFERS.search("." + name)}
+    return {name: array for name, array in arrays.items() if not IGNORED_BUFFERS.search("." + name)}, mappings
 
 
 def find_sources(shapes, stored, where):
@@ -475,17 +481,17 @@ def mismatch(shapes, stored, where):
 def check_weights(cfg):
     """Compare every file's tensors with `param_shapes` before anything is read; all that is wrong is told at once.
 
-    -> {model: (`stored_tensors`, `find_sources`)}
+    -> {model: (arrays and mappings of `stored_tensors`, sources of `find_sources`)}
     """
     checked, problems = {}, []
     for model, shapes in param_shapes(cfg).items():
         try:
-            stored = stored_tensors(cfg["weights"], model)
+            stored, mappings = stored_tensors(cfg["weights"], model)
         except InputError as error:
             problems.append(str(error).removeprefix("weights: "))
             continue
         sources, problem = find_sources(shapes, stored, pathlib.Path(cfg["weights"]) / model)
-        checked[model] = stored, sources
+        checked[model] = stored, mappings, sources
         problems += [problem] if problem else []
     if problems:
         raise InputError(f"weights: {'; '.join(problems)}")
@@ -648,7 +654,7 @@ def load_params(cfg):
         return random_params(cfg, seed=0)
     checked, native, params, broken = check_weights(cfg), use_device(cfg) != "CPU", {}, []
     with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
-        for model, (stored, sources) in checked.items():
+        for model, (stored, mappings, sources) in checked.items():
             def load(name):
                 array = read_parameter(name, stored, sources)
                 if not np.isfinite(array).all():
@@ -658,6 +664,8 @@ def load_params(cfg):
             arrays = pool.map(load, sources)
             # not in the pool: MindSpore sometimes dies when several threads convert a dtype
             params[model] = nest({name: to_tensor(array, cfg) for name, array in zip(sources, arrays)})
+            for mapping in mappings if hasattr(mmap, "MADV_DONTNEED") else ():
+                mapping.madvise(mmap.MADV_DONTNEED)  # out of memory again, until it is computed with
     if broken:
         raise InputError(f"weights: NaN or Inf in {'; '.join(sorted(broken))}")
     return params
