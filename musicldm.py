@@ -40,7 +40,7 @@ CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "flo
            "sampling.scheduler": ("ddim", "dpm", "pndm", "lms", "heun", "euler", "euler_ancestral")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
-          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, math.inf),
+          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
           "sampling.audio_prompt_weight": (0, 1)}
 FORMATS = (".wav", ".flac", ".ogg")
 COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
@@ -685,13 +685,16 @@ def read_audio(cfg, audio):
         try:
             with soundfile.SoundFile(audio) as file:
                 audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
-        except (OSError, soundfile.SoundFileError) as error:
+        except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
             raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
         waveform = waveform.mean(axis=1)
-    return checked_audio([waveform], rate)[0], rate
+    try:
+        return checked_audio([waveform], rate)[0], rate
+    except InputError as error:
+        raise InputError(f"audio_prompt: {error}") from None
 
 
 def decode_latents(cfg, params, latents, loop=False):
@@ -804,6 +807,13 @@ def checked_array(name, value, shape):
         raise InputError(f"{name} has the shape {array.shape}; valid: {shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or Inf; valid: finite numbers")
+    return array
+
+
+def checked_result(array):
+    """The array, which must be finite."""
+    if not np.isfinite(array).all():
+        raise InputError("the result holds NaN or Inf: the weights or the dtype are at fault")
     return array
 
 
@@ -992,8 +1002,7 @@ def generate(cfg, prompt=None, params=None, **options):
     result = decode_latents(cfg, params, latents, loop)
     if sampling["output_type"] == "np":
         result = vocode(cfg, params, result, loop)[:, :samples]
-    if not np.isfinite(result).all():
-        raise InputError("the result holds NaN or Inf: the weights or the dtype are at fault")
+    checked_result(result)
     if sampling["output_type"] == "mel" or takes == 1:
         return result
     return result[rank(cfg, params, prompt_embeds, result)[0]]
@@ -1004,7 +1013,7 @@ def generate(cfg, prompt=None, params=None, **options):
 def numbered(path, name):
     """The path with a number, or several, before its ending."""
     path = pathlib.Path(path)
-    return path.with_name(f"{path.stem}{name}{path.suffix}")
+    return path.parent / f"{path.stem}{name}{path.suffix}"
 
 
 def check_output(flag, paths, formats, size):
@@ -1082,10 +1091,10 @@ def progress_line(name, evaluations):
 
 def read_prompts(args):
     """{number: prompt}: the prompts from 1 on, or the lines of the file that are not blank by their number."""
-    if args.prompt and args.prompts_file:
+    if args.prompt and args.prompts_file is not None:
         raise InputError("--prompt stands beside --prompts-file; valid: one or the other")
     prompts = dict(enumerate(args.prompt, 1))
-    if args.prompts_file:
+    if args.prompts_file is not None:
         try:
             lines = pathlib.Path(args.prompts_file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
@@ -1096,7 +1105,7 @@ def read_prompts(args):
             except UnicodeDecodeError as error:
                 raise InputError(f"--prompts-file {args.prompts_file}, line {number}: {error}; valid: UTF-8") from None
         prompts = {number: text for number, text in prompts.items() if text}
-    if not prompts and not args.audio_prompt:
+    if not prompts and (args.prompts_file is not None or args.audio_prompt is None):
         raise InputError("no prompt; valid: --prompt TEXT, once or more, --prompts-file FILE with a prompt a line, or "
                          "--audio-prompt FILE")
     if prompts:
@@ -1109,8 +1118,8 @@ def parse_arguments(argv):
         raise InputError(message)
 
     def count(text):
-        if not re.fullmatch("[1-9][0-9]{0,8}", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+        if not re.fullmatch("[1-9][0-9]{0,3}", text):
+            raise argparse.ArgumentTypeError(f"{text!r}; valid: 1 to 9999")
         return int(text)
 
     parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", allow_abbrev=False)
@@ -1148,8 +1157,8 @@ def run(argv):
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set)
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
-    if args.interpolate and len(prompts) != 2:
-        raise InputError(f"--interpolate stands beside {len(prompts)} prompts; valid: two")
+    if args.interpolate and len(args.prompt) != 2:
+        raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times; valid: twice")
     options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     sampling = checked_options(cfg, options, n)
     if sampling["output_type"] != "np":
@@ -1169,9 +1178,10 @@ def run(argv):
         names = ["".join(f"_{i + 1}" for i, count in ((row // takes, n), (row % takes, takes)) if count > 1)
                  for row in range(n * takes)]
     paths = [numbered(args.out, name) for name in names]
-    check_output("--out", paths, FORMATS, 2 * samples * max(takes, args.batch))
-    if args.spectrogram:
-        check_output("--spectrogram", [numbered(args.spectrogram, name) for name in names], (".png",), 1)
+    pictures = [] if args.spectrogram is None else [numbered(args.spectrogram, name) for name in names]
+    check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
+    if pictures:
+        check_output("--spectrogram", pictures, (".png",), 1)
     check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
 
     say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {samples / rate:g} s, "
@@ -1188,7 +1198,9 @@ def run(argv):
     for first in range(together * int(os.environ.get("RANK_ID", 0)), n, together * int(os.environ.get("RANK_SIZE", 1))):
         last = min(first + together, n)
         rows = range(first * takes, last * takes)
-        if args.resume and all(paths[row].exists() for row in rows):
+        missing = [path for path in paths[rows.start:rows.stop] + pictures[rows.start:rows.stop]
+                   if not (args.resume and path.exists())]
+        if not missing:
             continue
         embeds = (way[first:last] if args.interpolate else
                   prompt_vectors(cfg, params, texts[first:last] if prompts else None, heard, weight))
@@ -1203,17 +1215,17 @@ def run(argv):
                                 num_waveforms_per_prompt=1, output_type="mel", callback_steps=1,
                                 callback=None if args.quiet else progress_line(name, len(timesteps))))
         mel = np.concatenate(mel)
-        audio = vocode(cfg, params, mel, loop)[:, :samples]
+        audio = checked_result(vocode(cfg, params, mel, loop)[:, :samples])
         order, scores = rank(cfg, params, embeds, audio) if takes > 1 else (range(len(rows)), [None] * len(rows))
         files, lines = {}, []
         for place, row, score in zip(rows, order, scores):
             at = rows[row] if args.prompts_file else place  # a name tells the seed, or else the place among the takes
             files[paths[at]] = audio_bytes(audio[row], rate, paths[at].suffix)
-            if args.spectrogram:
-                files[numbered(args.spectrogram, names[at])] = spectrogram_bytes(mel[row], samples / rate)
+            if pictures:
+                files[pictures[at]] = spectrogram_bytes(mel[row], samples / rate)
             lines.append(f"{paths[at]}  {samples / rate:.2f} s  seed {seeds[rows[row]]}"
                          + ("" if score is None else f"  score {score:.3f}"))
-        write_files(files)
+        write_files({path: files[path] for path in missing})
         written += len(lines)
         say("\n".join(lines))
     took = time.perf_counter() - start
@@ -1222,7 +1234,8 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C."""
+    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C, 141 if
+    the reader of its output leaves."""
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return 0  # msrun starts the command once more than it has workers, to let them find each other: nothing to do
     try:
@@ -1236,6 +1249,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nmusicldm: interrupted; the files that are written are whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits
+        return 141
     return 0
 
 
