@@ -47,7 +47,7 @@ CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "flo
            "sampling.scheduler": ("ddim", "dpm", "pndm", "lms", "heun", "euler", "euler_ancestral")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
-          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, math.inf),
+          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
           "sampling.audio_prompt_weight": (0, 1)}
 FORMATS = (".wav", ".flac", ".ogg")
 COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
@@ -702,7 +702,7 @@ def read_audio(cfg, audio):
         try:
             with soundfile.SoundFile(audio) as file:
                 audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
-        except (OSError, soundfile.SoundFileError) as error:
+        except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
             raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
@@ -710,7 +710,10 @@ def read_audio(cfg, audio):
         if waveform.shape[1] > max(1, len(waveform)):
             raise InputError(f"audio_prompt has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
         waveform = waveform.mean(axis=1)
-    return checked_audio([waveform], rate)[0], rate
+    try:
+        return checked_audio([waveform], rate)[0], rate
+    except InputError as error:
+        raise InputError(f"audio_prompt: {error}") from None
 
 
 def decode_latents(cfg, params, latents, loop=False):
@@ -1020,7 +1023,7 @@ def generate(cfg, prompt=None, params=None, **options):
 def numbered(path, name):
     """The path with a number, or several, before its ending."""
     path = pathlib.Path(path)
-    return path.with_name(f"{path.stem}{name}{path.suffix}")
+    return path.parent / f"{path.stem}{name}{path.suffix}"
 
 
 def check_output(flag, paths, formats, size):
@@ -1098,10 +1101,10 @@ def progress_line(name, evaluations):
 
 def read_prompts(args):
     """{number: prompt}: the prompts from 1 on, or the lines of the file that are not blank by their number."""
-    if args.prompt and args.prompts_file:
+    if args.prompt and args.prompts_file is not None:
         raise InputError("--prompt stands beside --prompts-file; valid: one or the other")
     prompts = dict(enumerate(args.prompt, 1))
-    if args.prompts_file:
+    if args.prompts_file is not None:
         try:
             lines = pathlib.Path(args.prompts_file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
@@ -1112,7 +1115,7 @@ def read_prompts(args):
             except UnicodeDecodeError as error:
                 raise InputError(f"--prompts-file {args.prompts_file}, line {number}: {error}; valid: UTF-8") from None
         prompts = {number: text for number, text in prompts.items() if text}
-    if not prompts and not args.audio_prompt:
+    if not prompts and (args.prompts_file is not None or args.audio_prompt is None):
         raise InputError("no prompt; valid: --prompt TEXT, once or more, --prompts-file FILE with a prompt a line, or "
                          "--audio-prompt FILE")
     if prompts:
@@ -1125,8 +1128,8 @@ def parse_arguments(argv):
         raise InputError(message)
 
     def count(text):
-        if not re.fullmatch("[1-9][0-9]{0,8}", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+        if not re.fullmatch("[1-9][0-9]{0,3}", text):
+            raise argparse.ArgumentTypeError(f"{text!r}; valid: 1 to 9999")
         return int(text)
 
     parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", allow_abbrev=False)
@@ -1192,8 +1195,9 @@ def planned(args):
     takes, negative = sampling["num_waveforms_per_prompt"], sampling["negative_prompt"] or ""
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
-    if args.interpolate and (len(prompts), takes) != (2, 1):
-        raise InputError(f"--interpolate stands beside {len(prompts)} prompts and {takes} waveforms; valid: 2 and 1")
+    if args.interpolate and (len(args.prompt), takes) != (2, 1):
+        raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; valid: "
+                         "twice and 1")
     heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     seeds = ([sampling["seed"]] * n if args.interpolate else take_seeds(sampling["seed"], texts, takes))
@@ -1203,8 +1207,8 @@ def planned(args):
         names = [(f"_{row // takes + 1}" if n > 1 else "") + (f"_{row % takes + 1}" if takes > 1 else "")
                  for row in range(n * takes)]
     paths = [numbered(args.out, name) for name in names]
-    pictures = [numbered(args.spectrogram, name) for name in names] if args.spectrogram else []
-    check_output("--out", paths, FORMATS, 2 * samples * max(takes, args.batch))
+    pictures = [] if args.spectrogram is None else [numbered(args.spectrogram, name) for name in names]
+    check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
     if pictures:
         check_output("--spectrogram", pictures, (".png",), 1)
     check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
@@ -1213,18 +1217,18 @@ def planned(args):
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
     # each process of msrun takes whole groups, so that no file depends on how many processes there are
     groups = groups[int(os.environ.get("RANK_ID", 0))::int(os.environ.get("RANK_SIZE", 1))]
-    if args.resume:
-        groups = [group for group in groups
-                  if not all(path.exists() for path in paths[group.start * takes:group.stop * takes])]
+    missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
+                       if not (args.resume and path.exists())] for group in groups}
     return types.SimpleNamespace(
         cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), heard=heard, seeds=seeds, paths=paths,
-        pictures=pictures, groups=groups, samples=samples, size=size, batch=args.batch, interpolated=args.interpolate,
-        named_by_seed=bool(args.prompts_file), negatives=negative if isinstance(negative, list) else [negative] * n)
+        pictures=pictures, missing={group: files for group, files in missing.items() if files}, samples=samples,
+        size=size, batch=args.batch, interpolated=args.interpolate, named_by_seed=args.prompts_file is not None,
+        negatives=negative if isinstance(negative, list) else [negative] * n)
 
 
 def what_graphs_follow_from(plan):
     """The numbers that decide which graphs a run compiles, and in which order."""
-    texts = [text for group in plan.groups for texts in (plan.texts if plan.interpolated else
+    texts = [text for group in plan.missing for texts in (plan.texts if plan.interpolated else
                                                          plan.texts[group.start:group.stop],
                                                          plan.negatives[group.start:group.stop]) for text in texts]
     with warnings.catch_warnings():
@@ -1232,7 +1236,7 @@ def what_graphs_follow_from(plan):
         lengths = [padded_length(plan.cfg, int(mask.sum())) for mask in tokenize(plan.cfg, texts)[1]] if texts else []
     return ({**plan.cfg, "weights": None, "sampling": None}, plan.size, plan.sampling["loop"], plan.batch,
             plan.sampling["guidance_scale"] > 1, plan.sampling["num_waveforms_per_prompt"], plan.heard is None,
-            plan.prompted, list(map(len, plan.groups)), lengths)
+            plan.prompted, list(map(len, plan.missing)), lengths)
 
 
 def produce(plan, params, group, quiet):
@@ -1284,12 +1288,12 @@ def run(argv, keep_graphs):
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     written = 0
-    if plan.groups:
+    if plan.missing:
         with kept_graphs(what_graphs_follow_from(plan)) if keep_graphs else contextlib.nullcontext():
             params = checkpoints.load_params(cfg)
-            for group in plan.groups:
+            for group, missing in plan.missing.items():
                 files, lines = produce(plan, params, group, args.quiet)
-                write_files(files)
+                write_files({path: files[path] for path in missing})
                 say("\n".join(lines))
                 written += len(lines)
     took = time.perf_counter() - start
@@ -1298,7 +1302,8 @@ def run(argv, keep_graphs):
 
 
 def main(argv=None, keep_graphs=False):
-    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C.
+    """The command line: 0 when every file is written, 2 after one line about a mistake, 130 after Ctrl-C, 141 when the
+    reader of its output has left.
 
     keep_graphs: see `kept_graphs`; once a process
     """
@@ -1315,6 +1320,9 @@ def main(argv=None, keep_graphs=False):
     except KeyboardInterrupt:
         print("\nmusicldm: interrupted; the files that are written are whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits
+        return 141
     return 0
 
 

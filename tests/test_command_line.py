@@ -1,18 +1,21 @@
 """The command line from its arguments to the files, every mistake it answers, and the README's commands."""
 import contextlib
+import io
 import os
 import pathlib
 import re
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN
+from conftest import GOLDEN, golden_config
+from PIL import Image
 
 import musicldm
 from weights import InputError
@@ -44,25 +47,178 @@ def test_one_prompt_one_file(capsys):
 
 def test_only_the_prompt_is_needed():
     args = musicldm.parse_arguments(["--prompt", "a"])
-    assert args.set == [] and musicldm.read_prompts(args) == ["a"]
+    assert args.set == [] and musicldm.read_prompts(args) == {1: "a"}
 
 
 def test_the_longest_clip_in_every_format():
-    audio = np.random.default_rng(0).standard_normal((1, 600 * 16000)).astype(np.float32) * 0.1
+    audio = np.random.default_rng(0).standard_normal(600 * 16000).astype(np.float32) * 0.1
     for ending in musicldm.FORMATS:
         path = pathlib.Path(f"long{ending}")
-        musicldm.write_audio([path], audio, 16000)
-        assert soundfile.info(path).frames == audio.shape[1]
+        musicldm.write_files({path: musicldm.audio_bytes(audio, 16000, ending)})
+        assert soundfile.info(path).frames == len(audio)
 
 
 @pytest.mark.parametrize("ending", ["flac", "ogg"])
 def test_several_prompts_number_themselves(ending, capsys):
-    pathlib.Path("prompts.txt").write_text("drums\n\n1984\n", encoding="utf-8")
-    assert musicldm.main(["--prompt", "pads", "--prompts-file", "prompts.txt", *TINY, "--negative-prompt", "7", "--quiet",
+    assert musicldm.main(["--prompt", "pads", "--prompt", "1984", *TINY, "--negative-prompt", "7", "--quiet",
                           "--out", f"x.{ending}"]) == 0
-    assert files() == ["prompts.txt", f"x_1.{ending}", f"x_2.{ending}", f"x_3.{ending}"]
-    assert all(len(soundfile.read(f"x_{i}.{ending}")[0]) == 5120 for i in (1, 2, 3))
+    assert files() == [f"x_1.{ending}", f"x_2.{ending}"]
+    assert all(len(soundfile.read(f"x_{i}.{ending}")[0]) == 5120 for i in (1, 2))
     assert capsys.readouterr() == ("", "")
+
+
+def written(*arguments):
+    """The samples of the one file that a quiet run with these arguments writes."""
+    assert musicldm.main([*TINY, "--quiet", "--out", "alone.wav", *arguments]) == 0
+    audio, _ = soundfile.read("alone.wav")
+    os.remove("alone.wav")
+    return audio
+
+
+def assert_same(path, expected):
+    """Equal but for the rounding to 16 bits."""
+    audio, rate = soundfile.read(path)
+    assert rate == 16000 and len(audio) == len(expected) and np.abs(audio - expected).max() <= 2 ** -15
+
+
+def test_takes_are_ranked_within_their_prompt(capsys, params):
+    prompts = ["drums", "pads"]
+    assert musicldm.main(["--prompt", "drums", "--prompt", "pads", *TINY, "--waveforms", "2", "--seed", "1",
+                          "--out", "x.wav"]) == 0
+    lines = re.findall(r"^(\S+)  0.32 s  seed (\d+)  score (\S+)$", capsys.readouterr().out, re.M)
+    assert files() == [path for path, _, _ in lines] == ["x_1_1.wav", "x_1_2.wav", "x_2_1.wav", "x_2_2.wav"]
+    seeds, scores = [seed for _, seed, _ in lines], [float(score) for _, _, score in lines]
+    assert sorted(seeds[:2]) == sorted(seeds[2:]) == ["1", "2"] and seeds != ["1", "2"] * 2  # or nothing was sorted
+    assert scores[0] >= scores[1] and scores[2] >= scores[3]
+    for i, (path, seed, score) in enumerate(lines):
+        assert_same(path, written("--prompt", prompts[i // 2], "--seed", seed))
+        cosine = musicldm.score(golden_config(), params, prompts[i // 2], soundfile.read(path)[0])
+        assert abs(cosine[0, 0] - float(score)) < 1e-3
+
+
+LINES = b"\xef\xbb\xbfdrums\r\n\r\n \t\npads\n  drums \n1984\nbass"  # a byte order mark, CRLF, blank lines, no end
+NAMES = ["x_00001_seed3.wav", "x_00004_seed3.wav", "x_00005_seed4.wav", "x_00006_seed3.wav", "x_00007_seed3.wav"]
+FROM_FILE = ["--prompts-file", "p", *TINY, "--seed", "3", "--quiet", "--out", "x.wav"]
+
+
+def test_a_prompts_file_names_files_by_line_and_seed_and_resumes():
+    pathlib.Path("p").write_bytes(LINES)
+    assert musicldm.main(FROM_FILE) == 0
+    assert files() == ["p", *NAMES]
+    alone = {name: soundfile.read(name)[0] for name in NAMES}
+    for name, prompt, seed in zip(NAMES, ["drums", "pads", "drums", "1984"], "3343"):
+        assert np.array_equal(alone[name], written("--prompt", prompt, "--seed", seed))
+
+    kept, missing = NAMES[:1] + NAMES[3:], NAMES[1:3]
+    for name in kept:
+        pathlib.Path(name).write_text("old")
+        os.utime(name, (1000, 1000))
+    for name in missing:
+        os.remove(name)
+    assert musicldm.main([*FROM_FILE, "--batch", "2", "--resume"]) == 0  # the first two batches lack one each
+    assert all(pathlib.Path(name).read_text() == "old" and os.stat(name).st_mtime == 1000 for name in kept)
+    for name in missing:
+        assert_same(name, alone[name])
+
+
+def test_what_precedes_a_failure_is_kept(monkeypatch, capsys):
+    pathlib.Path("p").write_bytes(LINES)
+    generate = musicldm.generate
+
+    def fails_later(*given, **options):
+        if pathlib.Path(NAMES[0]).exists():
+            raise InputError("the latents hold NaN")
+        return generate(*given, **options)
+
+    monkeypatch.setattr(musicldm, "generate", fails_later)
+    assert musicldm.main(FROM_FILE) == 2 and "the latents hold NaN" in capsys.readouterr().err
+    assert files() == ["p", NAMES[0]] and len(soundfile.read(NAMES[0])[0]) == 5120
+
+
+@pytest.mark.parametrize("rank, names", [("0", NAMES[:2] + NAMES[4:]), ("1", NAMES[2:4]), ("2", [])])
+def test_each_process_takes_whole_batches(rank, names, monkeypatch):
+    monkeypatch.setenv("RANK_ID", rank)
+    monkeypatch.setenv("RANK_SIZE", "2" if rank != "2" else "3")
+    pathlib.Path("p").write_bytes(LINES if rank != "2" else b"drums")
+    assert musicldm.main([*FROM_FILE, "--batch", "2"]) == 0 and files() == ["p", *names]
+
+
+def test_the_scheduler_process_of_msrun_does_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    assert musicldm.main(["--prompt", "a", *TINY]) == 0 and files() == [] and capsys.readouterr() == ("", "")
+
+
+def test_msrun_writes_the_same_bytes_as_one_process():
+    pathlib.Path("p").write_bytes(LINES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = pathlib.Path(sys.executable).parent
+    result = subprocess.run([folder / "msrun", "--worker_num", "2", "--local_worker_num", "2", "--join", "True",
+                             "--log_dir", "log", "--master_port", port, "python", ROOT / "musicldm.py", *FROM_FILE],
+                            env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}, capture_output=True,
+                            text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [name for name in files() if name.startswith("x")] == NAMES
+    several = [pathlib.Path(name).read_bytes() for name in NAMES]
+    assert musicldm.main(FROM_FILE) == 0
+    assert several == [pathlib.Path(name).read_bytes() for name in NAMES]
+
+
+def test_interpolation_runs_from_one_prompt_to_the_other():
+    ends = ["--prompt", "drums", "--prompt", "pads"]
+    assert musicldm.main([*ends, "--interpolate", "3", *TINY, "--seed", "3", "--quiet", "--out", "x.wav"]) == 0
+    assert files() == ["x_1.wav", "x_2.wav", "x_3.wav"]
+    first, last = written(*ends[:2], "--seed", "3"), written(*ends[2:], "--seed", "3")
+    assert_same("x_1.wav", first)
+    assert_same("x_3.wav", last)
+    middle, _ = soundfile.read("x_2.wav")
+    assert min(np.abs(middle - end).max() for end in (first, last)) > 2 ** -10
+
+
+def test_an_audio_prompt_alone_and_with_a_text(params):
+    t = np.arange(44100) / 44100
+    soundfile.write("heard.flac", 0.3 * np.sin(2 * np.pi * np.stack([220 * t, 331 * t], axis=1)), 44100)
+    cfg, given = golden_config(), ["--audio-prompt", "heard.flac"]
+    heard = musicldm.encode_audio(cfg, params, *musicldm.read_audio(cfg, "heard.flac"))[0]
+    text = musicldm.encode_prompt(cfg, params, "drums")[0]
+    for arguments, vector in (([], heard), (["--prompt", "drums"], text + heard),
+                              (["--prompt", "drums", "--audio-prompt-weight", "0.25"], 3 * text + heard)):
+        expected = musicldm.generate(cfg, None, params, prompt_embeds=vector[None] / np.linalg.norm(vector),
+                                     audio_length_in_s=0.32, num_inference_steps=2)[0]
+        assert np.abs(written(*given, *arguments) - expected).max() <= 2 ** -15
+
+
+@pytest.mark.parametrize("arguments, line, evaluations", [
+    (["--scheduler", "dpm"], "0.32 s, dpm, 2 steps", 2), (["--scheduler", "heun"], "0.32 s, heun, 2 steps", 3),
+    (["--loop", "--seconds", "0.3"], "0.32 s, ddim, 2 steps", 2)])
+def test_other_schedulers_and_loops(arguments, line, evaluations, capsys):
+    assert musicldm.main(["--prompt", "drums", *TINY, *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert line in out and "musicldm.wav  0.32 s" in out and f"step {evaluations}/{evaluations}" in err.splitlines()[-1]
+    assert soundfile.info("musicldm.wav").frames == 5120 and files() == ["musicldm.wav"]
+
+
+def test_spectrograms_stand_beside_the_audio():
+    assert musicldm.main(["--prompt", "drums", "--prompt", "pads", *TINY, "--out", "x.wav", "--spectrogram", "s.png",
+                          "--quiet"]) == 0
+    assert files() == ["s_1.png", "s_2.png", "x_1.wav", "x_2.wav"]
+    bands = golden_config()["vocoder"]["model_in_dim"]
+    pictures = [np.asarray(Image.open(f"s_{i}.png")) for i in (1, 2)]
+    assert all(picture.shape == (4 * bands + 16, 400, 3) for picture in pictures)
+    assert not np.array_equal(*pictures)
+
+
+def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
+    mel = np.zeros((500, 16), np.float32)
+    mel[:100, 0] = 5
+    picture = np.asarray(Image.open(io.BytesIO(musicldm.spectrogram_bytes(mel, 5.0))))
+    assert picture.shape == (4 * 16 + 16, 500, 3)
+    loud = (picture[:64] == musicldm.COLOURS[-1]).all(-1)
+    quiet = (picture[:64] == musicldm.COLOURS[0]).all(-1)
+    assert loud[60:, :100].all() and loud.sum() == 4 * 100 and quiet.sum() == loud.size - loud.sum()
+    caption = picture[64:]
+    assert (caption == 255).all(-1).mean() > 0.5 and (caption < 128).all(-1).sum() > 100
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -100,6 +256,27 @@ def test_several_prompts_number_themselves(ending, capsys):
     (["--prompt", "a", "--config", "list.yaml"], "the configuration is [1]; valid: a mapping"),
     (["--prompt", "a", "--weights", "nowhere"], "weights: no folder 'nowhere'; valid: a folder in diffusers' layout"),
     (["--prompts-file", "none.txt"], "--prompts-file none.txt:"),
+    (["--prompts-file", "latin1.txt"], "--prompts-file latin1.txt, line 3: 'utf-8' codec can't decode byte 0xe9"),
+    (["--prompts-file", "empty.txt"], "no prompt; valid: --prompt TEXT"),
+    (["--prompts-file", "blank.txt", "--audio-prompt", "noise.wav"], "no prompt; valid: --prompt TEXT"),
+    (["--prompts-file", "folder.wav"], "--prompts-file folder.wav:"),
+    (["--prompt", "a", "--prompts-file", "blank.txt"], "--prompt stands beside --prompts-file"),
+    (["--prompt", "a", "--interpolate", "3"], "--interpolate stands beside --prompt 1 times; valid: twice"),
+    (["--prompts-file", "two.txt", "--interpolate", "3"], "--interpolate stands beside --prompt 0 times"),
+    *[(["--prompt", "a", flag, value], f"argument {flag}: {value!r}; valid: 1 to 9999")
+      for flag in ("--interpolate", "--batch") for value in ("0", "x", "10000", "2.5")],
+    (["--prompt", "a", "--waveforms", "0"], "num_waveforms_per_prompt is 0; valid: 1 to 1000"),
+    (["--prompt", "a", "--waveforms", "2", "--seed", "[1]"], "seed is a list of 1; valid: one, or a list of 2"),
+    (["--prompt", "a", "--scheduler", "dmp"], "sampling.scheduler is 'dmp'; valid: ddim, dpm"),
+    (["--prompt", "a", "--scheduler", "dpm", "--eta", "1"], "sampling.eta is 1; valid with the scheduler dpm: 0"),
+    (["--prompt", "a", "--audio-prompt-weight", "2"], "sampling.audio_prompt_weight is 2; valid: 0 to 1"),
+    *[(["--audio-prompt", name], f"audio_prompt: cannot read {name}: ")
+      for name in ("none.wav", "blank.txt", "folder.wav", "samples.raw")],
+    (["--audio-prompt", "silent.wav"], "audio_prompt: audio has the shape (0,)"),
+    (["--prompt", "a", "--spectrogram", "a.jpg"], "--spectrogram a.jpg: unknown format '.jpg'; valid endings: .png"),
+    (["--prompt", "a", "--spectrogram", "no/a.png"], "--spectrogram no/a.png: valid is a file name in a folder"),
+    (["--prompt", "a", "--spectrogram", ""], "unknown format ''; valid endings: .png"),
+    (["--prompt", "a", "--out", ""], "unknown format ''; valid endings:"),
     (["--prompt", "a", "--out", "a.xyz"], "unknown format '.xyz'; valid endings: .wav, .flac, .ogg"),
     (["--prompt", "a", "--out", "a"], "unknown format ''; valid endings:"),
     (["--prompt", "a", "--out", "no/a.wav"], "--out no/a.wav: valid is a file name in a folder that exists"),
@@ -110,6 +287,11 @@ def test_mistakes_take_one_line_and_leave_nothing(arguments, message, capsys):
     pathlib.Path("bad.yaml").write_text("a: [1\nb: 2")
     pathlib.Path("list.yaml").write_text("[1]")
     pathlib.Path("folder.wav").mkdir()
+    for name, content in (("latin1.txt", b"a\n\ncaf\xe9\n"), ("empty.txt", b""), ("blank.txt", b"\n \r\n\t"),
+                          ("two.txt", b"a\nb"), ("samples.raw", bytes(400))):
+        pathlib.Path(name).write_bytes(content)
+    soundfile.write("noise.wav", np.random.default_rng(0).uniform(-1, 1, 100), 16000)
+    soundfile.write("silent.wav", np.zeros(0), 16000)
     before = files()
     assert musicldm.main([*TINY, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
@@ -137,8 +319,14 @@ def test_a_full_disk_is_found_before_the_work(capsys):
 def test_a_disk_that_fills_up_during_the_work_leaves_the_old_file():
     pathlib.Path("a.wav").write_text("old")
     with pytest.raises(InputError, match="cannot be written: File too large"), small_files_only():
-        musicldm.write_audio([pathlib.Path("a.wav")], np.zeros((1, 5120), np.float32), 16000)
+        musicldm.write_files({pathlib.Path("b.wav"): b"fits", pathlib.Path("a.wav"): bytes(2000)})
     assert files() == ["a.wav"] and pathlib.Path("a.wav").read_text() == "old"
+
+
+def test_audio_that_is_not_finite_is_not_written(monkeypatch, capsys):
+    monkeypatch.setattr(musicldm, "vocode", lambda *_: np.full((1, 5152), np.nan, np.float32))
+    assert musicldm.main(["--prompt", "a", *TINY]) == 2
+    assert "the result holds NaN or Inf" in capsys.readouterr().err and files() == []
 
 
 def test_an_output_folder_that_cannot_be_written(capsys):
@@ -161,6 +349,15 @@ def test_ctrl_c_leaves_nothing_and_exits_130():
         rest = process.stderr.read()
         assert process.wait() == 130 and "Traceback" not in rest and "interrupted" in rest
     assert files() == []
+
+
+def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, ROOT / "musicldm.py", "--prompt", "a", *TINY], stdout=writer,
+                            stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.returncode == 141 and result.stderr == "" and files() == []
 
 
 def readme_commands():
