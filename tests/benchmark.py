@@ -1,0 +1,359 @@
+#!/usr/bin/env python3
+"""Print a table in Markdown and JSON: time, GFLOP/s and memory of every stage, alone or next to diffusers'.
+
+    python tests/benchmark.py [--weights DIR|random] [--stages unet,vae] [--rounds 3] [--seconds 10.24] [--steps 20]
+    python tests/benchmark.py --weights DIR --against PYTHON
+
+One clip with guidance. PYTHON has torch 2.13.0, diffusers 0.33.1 and transformers 4.57.1. Each implementation and dtype
+has a process that loads its models once; they compute in turn, never two at a time, on all cores. Only ratios from one
+run count, as other work moves the times. Everything at full size takes tens of minutes: --stages picks some of
+prompt, unet, vae, vocoder, generate (with its four parts), compile, memory and shell (the command line). Linux only.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROMPT = "melodic techno with a fast beat and synths"
+PARTS = ("prompt", "unet", "vae", "vocoder")  # of generate, which runs the unet once a step
+STAGES = (*PARTS, "generate", "compile", "memory", "shell")
+OURS, OURS_BF16, PEER, PEER_BF16 = [f"{name} {dtype}" for name in ("musicldm", "diffusers")
+                                    for dtype in ("float32", "bfloat16")]
+SQUARE = 4096  # rows and columns of the matrices that tell the machine's own rate
+
+
+# -------------------------------------------------------------------------------------------------------------- FLOPs
+
+def doublings(name, last):
+    """Between the coarsest of `last` + 1 levels and the output of a layer, in the UNet or the VAE's decoder."""
+    block = re.search(r"(down|up)_blocks\.(\d+)", name)
+    if block is None:
+        return 0 if re.match(r"mid_block|decoder\.mid_block|decoder\.conv_in|post_quant_conv", name) else last
+    level = int(block[2]) if block[1] == "up" else last - int(block[2])
+    return level + ("upsamplers" in name) - ("downsamplers" in name)
+
+
+def flops(cfg, seconds, tokens):
+    """{part: FLOPs}, two a multiply-add, of the convolutions, linear layers and attention for one clip with guidance.
+
+    tokens: the padded length of each text that is encoded
+    """
+    import musicldm
+    import weights
+    (_, h, w), shapes, vocoder = musicldm.clip_size(cfg, seconds)[1], weights.param_shapes(cfg), cfg["vocoder"]
+    last = {model: len(cfg[model]["block_out_channels"]) - 1 for model in ("unet", "vae")}
+    lengths = [h * 2 ** last["vae"]]
+    for kernel, stride in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"]):
+        lengths.append((lengths[-1] - 1) * stride - 2 * ((kernel - stride) // 2) + kernel)
+
+    def total(model, positions):
+        """`positions` of a layer's name: how often its weight is used."""
+        count = 0
+        for name, shape in shapes[model].items():
+            if name.endswith(".weight") and len(shape) > 1:
+                count += positions(name) * math.prod(shape)
+            if name.endswith(("to_q.weight", "query.weight")):  # attention's q k^T, and its product with v
+                count += 2 * positions(name) ** 2 * shape[0]
+        return 2 * count
+
+    def in_text(name, length):
+        return length if "model.encoder" in name else name.startswith(("text_model.pooler", "text_projection"))
+
+    def in_unet(name):
+        scale = 2 ** (last["unet"] - doublings(name, last["unet"]))
+        return 1 if re.search("time_emb|class_emb", name) else math.ceil(h / scale) * math.ceil(w / scale)
+
+    def in_vae(name):
+        return h * w * 4 ** doublings(name, last["vae"]) if name.startswith(("post_quant_conv", "decoder")) else 0
+
+    def in_vocoder(name):
+        layer, number = re.match(r"([a-z_]+)\.?(\d*)", name).groups()
+        if layer == "resblocks":
+            return lengths[1 + int(number) // len(vocoder["resblock_kernel_sizes"])]
+        # a transposed convolution uses its weight at each position of its input
+        return lengths[int(number) if layer == "upsampler" else 0 if layer == "conv_pre" else -1]
+
+    return {"prompt": sum(total("text_encoder", lambda name: in_text(name, length)) for length in tokens),
+            "unet": 2 * total("unet", in_unet), "vae": total("vae", in_vae), "vocoder": total("vocoder", in_vocoder)}
+
+
+# ------------------------------------------------------------------------------------------------------------ workers
+# Each loads its models and returns what there is to tell, and {stage: function of no arguments}; neither's Python has
+# what the other imports.
+
+def timed(function):
+    def run():
+        start = time.perf_counter()
+        function()
+        return {"seconds": time.perf_counter() - start}
+    return run
+
+
+def timed_steps(function, steps):
+    """The same of a function that takes a callback, with the mean time of the steps after the first."""
+    def run():
+        start, ends = time.perf_counter(), []
+        function(lambda *_: ends.append(time.perf_counter()))
+        return {"seconds": time.perf_counter() - start, "step": (ends[-1] - ends[0]) / (steps - 1)}
+    return run
+
+
+def musicldm_stages(args, dtype):
+    sys.path.insert(0, str(ROOT))
+    import mindspore
+
+    import layers
+    import musicldm
+    import weights
+    start = time.perf_counter()
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, args.weights,
+                               [f"dtype={dtype}", f"sampling.audio_length_in_s={args.seconds}"])
+    params = weights.load_params(cfg)
+    load = time.perf_counter() - start
+    rng, (_, (c, h, w)) = np.random.default_rng(0), musicldm.clip_size(cfg, args.seconds)
+    factor = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    latents = rng.standard_normal((1, c, h, w), np.float32)
+    mel = rng.standard_normal((1, h * factor, w * factor), np.float32)
+    embeds = rng.standard_normal((2, cfg["text_encoder"]["projection_dim"]), np.float32)
+    one_step = {**cfg["sampling"], "num_inference_steps": 1}
+
+    def matmul():
+        product, square = mindspore.jit(layers.linear), mindspore.ops.ones((SQUARE, SQUARE))
+        run = timed(lambda: product(square, square).asnumpy())
+        return {"seconds": min(run()["seconds"] for _ in range(4))}
+
+    tokens = [math.ceil(musicldm.tokenize(cfg, text)[1].sum() / 16) * 16 for text in (PROMPT, "")]
+    count = {**flops(cfg, args.seconds, tokens), "matmul": 2 * SQUARE ** 3}
+    count["generate"] = args.steps * count["unet"] + sum(count[part] for part in PARTS if part != "unet")
+    return {"load": load, "gflop": {stage: n / 1e9 for stage, n in count.items()},
+            "versions": {"mindspore": mindspore.__version__, "numpy": np.__version__}}, {
+        "matmul": matmul,
+        "prompt": timed(lambda: musicldm.encode_prompt(cfg, params, [PROMPT, ""])),
+        "unet": timed(lambda: musicldm.denoise(cfg, params, latents, embeds, iter(()), one_step)),
+        "vae": timed(lambda: musicldm.decode_latents(cfg, params, latents)),
+        "vocoder": timed(lambda: musicldm.vocode(cfg, params, mel)),
+        "generate": timed_steps(lambda callback: musicldm.generate(
+            cfg, PROMPT, params, num_inference_steps=args.steps, callback=callback), args.steps)}
+
+
+def diffusers_stages(args, dtype):
+    import diffusers
+    import torch
+    import transformers
+    torch.set_num_threads(os.cpu_count())
+    torch.set_grad_enabled(False)
+    start, kind = time.perf_counter(), {"dtype": getattr(torch, dtype)}
+    pipe = diffusers.MusicLDMPipeline.from_pretrained(args.weights, torch_dtype=kind["dtype"])
+    load = time.perf_counter() - start
+    pipe.set_progress_bar_config(disable=True)
+    vocoder, factor = pipe.vocoder.config, pipe.vae_scale_factor
+    h = math.ceil(round(args.seconds * vocoder.sampling_rate) / (math.prod(vocoder.upsample_rates) * factor))
+    latents = torch.randn(1, pipe.unet.config.in_channels, h, vocoder.model_in_dim // factor, **kind)
+    mel = torch.randn(1, 1, h * factor, vocoder.model_in_dim, **kind)
+    embeds = torch.randn(2, pipe.text_encoder.config.projection_dim, **kind)
+    return {"load": load, "versions": {module.__name__: module.__version__
+                                       for module in (torch, diffusers, transformers)}}, {
+        "prompt": timed(lambda: pipe._encode_prompt(PROMPT, "cpu", 1, True)),
+        "unet": timed(lambda: pipe.unet(torch.cat([latents, latents]), 1, None, class_labels=embeds)),
+        "vae": timed(lambda: pipe.vae.decode(latents / pipe.vae.config.scaling_factor)),
+        "vocoder": timed(lambda: pipe.mel_spectrogram_to_waveform(mel)),
+        "generate": timed_steps(lambda callback: pipe(
+            PROMPT, audio_length_in_s=args.seconds, num_inference_steps=args.steps, callback=callback), args.steps)}
+
+
+def peak_memory():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return {"GB": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9}
+
+
+def work(args):
+    """A line of JSON on standard output about itself, then one for each line of standard input, a stage's name."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # so that what libraries print does not come between
+    name, dtype = args.worker.split()
+    about, stages = (musicldm_stages if name == "musicldm" else diffusers_stages)(args, dtype)
+    print(json.dumps(about), file=replies)
+    for line in sys.stdin:
+        print(json.dumps({**stages, "memory": peak_memory}[line.strip()]()), file=replies)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+def with_cache(folder):
+    """The environment for MindSpore's compile cache in a folder, for processes that compile the same in one order.
+
+    The cache numbers graphs as they come: another order would give a process the wrong ones.
+    """
+    return {**os.environ, "MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(folder)}
+
+
+@contextlib.contextmanager
+def worker(kind, args, cache):
+    """(what it tells about itself, a function of a stage's name that waits for what it measured)."""
+    command = [args.against if kind.startswith("diffusers") else sys.executable, __file__, "--worker", kind,
+               "--weights", args.weights, "--seconds", str(args.seconds), "--steps", str(args.steps)]
+    with subprocess.Popen(command, env=with_cache(cache), text=True, bufsize=1, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # leaving closes its input, which ends it
+        def reply(to):
+            line = process.stdout.readline()
+            print(f"{kind}, {to}: {line.strip()}", file=sys.stderr)
+            return json.loads(line) if line else sys.exit(f"benchmark: {kind} ended at: {to}")
+
+        def ask(stage):
+            print(stage, file=process.stdin)
+            return reply(stage)
+
+        yield reply("loading"), ask
+
+
+def compilation(args, folder):
+    """Seconds that the first call of each part takes more than the second, in two processes with one compile cache."""
+    seconds = []
+    for _ in range(2):
+        with worker(OURS, args, folder / "compile") as (_, ask):
+            seconds.append(sum(ask(part)["seconds"] - ask(part)["seconds"] for part in PARTS))
+    return dict(zip(("first run", "with the cache"), seconds))
+
+
+def memory(args, kinds, folder):
+    """{kind: peak GB of a process that runs the whole pipeline once}, compiling included."""
+    peaks = {}
+    for kind in kinds:
+        with worker(kind, args, folder / f"memory {kind}") as (_, ask):
+            ask("generate")
+            peaks[kind] = ask("memory")["GB"]
+    return peaks
+
+
+def shell(args, folder):
+    """Seconds of the command line in bfloat16, from its start to its end, twice with one compile cache."""
+    command = [sys.executable, str(ROOT / "musicldm.py"), "--weights", args.weights, "--prompt", PROMPT, "--quiet",
+               "--steps", str(args.steps), "--seconds", str(args.seconds), "--dtype", "bfloat16",
+               "--out", str(folder / "out.wav")]
+    run = timed(lambda: subprocess.run(command, env=with_cache(folder / "shell"), check=True))
+    return {name: run()["seconds"] for name in ("first run", "second run")}
+
+
+def rounds(args, kinds, folder):
+    """{kind: what it tells}, {kind: {stage: [reply, one a round]}}: the stages by turns in all kinds."""
+    asked = [stage for stage in (*PARTS, "generate") if stage in args.stages or "generate" in args.stages]
+    about, asks, replies = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            about[kind], asks[kind] = stack.enter_context(worker(kind, args, folder / kind))
+            own = ["unet"] if kind == PEER_BF16 else asked + ["matmul"] if kind.startswith("musicldm") else asked
+            replies[kind] = {stage: [] for stage in own}
+            for stage in own:  # the first call compiles, and does not count; generate then finds all compiled
+                if stage != "generate":
+                    asks[kind](stage)
+        for i in range(args.rounds):
+            for stage in [*asked, "matmul"]:
+                for kind in kinds[::(-1) ** i]:
+                    if stage in replies[kind]:
+                        replies[kind][stage].append(asks[kind](stage))
+    return about, replies
+
+
+def derived(args, replies):
+    """{stage: [seconds]}, of the stages and of what follows from them."""
+    seconds = {stage: [reply["seconds"] for reply in replies[stage]] for stage in replies}
+    if {"vae", "vocoder"} <= seconds.keys():
+        seconds["vae + vocoder"] = [sum(pair) for pair in zip(seconds["vae"], seconds["vocoder"])]
+    if "generate" in seconds:
+        seconds["generate 200"] = [reply["seconds"] + (200 - args.steps) * reply["step"]
+                                   for reply in replies["generate"]]
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+
+def table(*rows):
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""])
+
+
+def report(args, result):
+    samples, median = result["samples"], statistics.median
+    names = {"prompt": "prompt encoding", "unet": "UNet pair", "vae": "VAE decode", "load": "loading",
+             "matmul": f"matmul of {SQUARE} x {SQUARE}", "generate": f"generate, {args.steps} steps",
+             "generate 200": f"generate, 200 steps, extrapolated from {args.steps}", "memory": "peak memory, GB"}
+    rows = [("", "dtype", "best, s", "median, s", "GFLOP", "GFLOP/s", "share of the matmul's")]
+    for kind in (OURS, OURS_BF16):
+        gflop = result["about"].get(kind, {}).get("gflop", {})
+        for what, values in samples[kind].items():
+            best, rate = min(values), ("", "", "")
+            if what in gflop:
+                share = gflop[what] / best / (gflop["matmul"] / min(samples[kind]["matmul"]))
+                rate = f"{gflop[what]:.1f}", f"{gflop[what] / best:.0f}", f"{share:.0%}"
+            rows.append((names.get(what, what), kind.split()[1], f"{best:.3f}", f"{median(values):.3f}", *rate))
+    print(table(*rows))
+    rows = [("", "ours", "diffusers", "ours, best", "diffusers, best", "ratio of minima", "ratio of medians")]
+    for kind, peer in ((OURS, PEER), (OURS_BF16, PEER), (OURS_BF16, PEER_BF16)):
+        for what in [what for what in samples[kind] if what in samples.get(peer, {})]:
+            a, b = samples[kind][what], samples[peer][what]
+            rows.append((names.get(what, what), kind.split()[1], peer.split()[1], f"{min(a):.3f}", f"{min(b):.3f}",
+                         f"{min(a) / min(b):.2f}", f"{median(a) / median(b):.2f}"))
+    if args.against:
+        print(table(*rows))
+    for what in ("compile", "shell"):
+        for name, seconds in result.get(what, {}).items():
+            print(f"{what}, {name}: {seconds:.1f} s")
+    print(json.dumps(result))
+
+
+def machine():
+    cpu = pathlib.Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", cpu)
+    return {"processor": model[1] if model else platform.machine(), "cores": os.cpu_count(),
+            "amx_bf16": "amx_bf16" in cpu, "python": platform.python_version()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="random", metavar="DIR|random")
+    parser.add_argument("--against", metavar="PYTHON", help="compare with diffusers, which this Python has")
+    parser.add_argument("--stages", default=",".join(STAGES), metavar="A,B", help="some of %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--seconds", type=float, default=10.24, metavar="S", help="length of the clip")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of generate, 2 or more")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+    args.stages = args.stages.split(",")
+    if not {*args.stages} <= {*STAGES} or args.rounds < 1 or args.steps < 2:
+        parser.error(f"valid: --stages {','.join(STAGES)}, --rounds 1 or more, --steps 2 or more")
+    if args.against and args.weights == "random":
+        parser.error("--against needs the folder of a checkpoint in --weights: diffusers has no random ones")
+    kinds = [OURS, OURS_BF16] + ([PEER] + [PEER_BF16] * ("unet" in args.stages) if args.against else [])
+    result = {"machine": machine(), "options": vars(args), "about": {}, "samples": {kind: {} for kind in kinds}}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        if "compile" in args.stages:
+            result["compile"] = compilation(args, folder)
+        if "shell" in args.stages:
+            result["shell"] = shell(args, folder)
+        if "memory" in args.stages:
+            for kind, peak in memory(args, [kind for kind in kinds if kind != PEER_BF16], folder).items():
+                result["samples"][kind]["memory"] = [peak]
+        if {*PARTS, "generate"} & {*args.stages}:
+            result["about"], replies = rounds(args, kinds, folder)
+            for kind in kinds:
+                result["samples"][kind] |= {"load": [result["about"][kind]["load"]], **derived(args, replies[kind])}
+    report(args, result)
+
+
+if __name__ == "__main__":
+    main()
