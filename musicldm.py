@@ -634,7 +634,7 @@ def to_numpy(tensor):
 
 def finite(array, what):
     if not np.isfinite(array).all():
-        raise InputError(f"{what} holds NaN or Inf: the weights, the latents or the dtype are at fault")
+        raise InputError(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
     return array
 
 
@@ -752,7 +752,7 @@ def vocode(cfg, params, mel, loop=False, window=1024):
     waveforms = []
     for x in mel:
         parts, done = [], 0
-        for start in [*range(0, last, size - 2 * reach), last]:
+        for start in [*range(0, last, max(1, size - 2 * reach)), last]:
             part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
             end = len(part) if start == last else (size - reach) * hop
             parts.append(part[done - start * hop:end])
@@ -948,7 +948,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
     for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
-        latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"step {i + 1} of {len(timesteps)}")
+        latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
         if callback is not None and i % sampling["callback_steps"] == 0:
             callback(i, int(timesteps[i]), latents.copy())
     return latents
@@ -1196,8 +1196,8 @@ def planned(args):
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
     if args.interpolate and (len(args.prompt), takes) != (2, 1):
-        raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; valid: "
-                         "twice and 1")
+        raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; "
+                         "valid: twice and 1")
     heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     seeds = ([sampling["seed"]] * n if args.interpolate else take_seeds(sampling["seed"], texts, takes))
