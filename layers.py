@@ -29,7 +29,11 @@ def stretched(x, shape):
 
 def linear(x, weight, bias=None):
     """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, as channels are last."""
-    y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] < 64:  # up to eight times as fast on a CPU: oneDNN packs its second matrix anew each time
+        y = ops.MatMul(transpose_b=True)(weight, rows).transpose(1, 0)
+    else:
+        y = ops.MatMul(transpose_b=True)(rows, weight)
     if bias is not None:
         y = ops.bias_add(y, bias)
     return y.reshape(x.shape[:-1] + (weight.shape[0],))
@@ -169,7 +173,10 @@ def group_norm(x, weight, bias, *, groups, eps):
     rows = x.reshape(n, h * w, c).astype(float32)
     over_positions, over_group = averages(n, h * w, c, groups)
     mean = ops.MatMul()(ops.BatchMatMul()(over_positions, rows).reshape(n, c), over_group)
-    rows = rows - stretched(mean.reshape(n, 1, c), rows.shape)
+    if n == 1:
+        rows = ops.bias_add(rows.reshape(-1, c), -mean.reshape(c)).reshape(rows.shape)  # faster than `stretched`
+    else:
+        rows = rows - stretched(mean.reshape(n, 1, c), rows.shape)
     variance = ops.MatMul()(ops.BatchMatMul()(over_positions, rows * rows).reshape(n, c), over_group)
     scale = weight * ops.rsqrt(variance + eps)
     rows = (rows * stretched(scale.reshape(n, 1, c), rows.shape)).reshape(-1, c).astype(x.dtype)
