@@ -777,10 +777,11 @@ def clip_size(cfg, seconds, loop=False):
     return samples, (cfg["unet"]["in_channels"], height, width)
 
 
-def check_memory(cfg, shape, guided, loaded):
+def check_memory(cfg, shape, guided):
     """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
 
-    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU; nothing is said of others.
+    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU; nothing is said of other
+    devices, nor where Linux's /proc is missing.
     """
     if checkpoints.use_device(cfg) != "CPU" or not os.path.exists("/proc/meminfo"):
         return
@@ -788,13 +789,19 @@ def check_memory(cfg, shape, guided, loaded):
     unet, vae = (cfg[model]["block_out_channels"] + cfg[model]["block_out_channels"][-1:] for model in ("unet", "vae"))
     numbers = 8 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (unet[0] + unet[1]),
                               9 * h * w * 4 ** (len(vae) - 2) * vae[1])
-    if not loaded:
-        numbers += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
-    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    needed, available = 4 * numbers / 1e9, int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
-    if needed > available:
-        raise InputError(f"{n} at once with latents of {h} x {w} would take about {needed:.1f} GB of memory, and "
-                         f"{available:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
+    numbers += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
+
+    def kilobytes(path, field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", pathlib.Path(path).read_text())[1])
+
+    # what this process holds is its own: weights, and MindSpore's pool, which the next call takes again
+    free = 1024 * (kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/self/status", "RssAnon"))
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()))
+    if 4 * numbers > free:
+        raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * numbers / 1e9:.1f} GB of "
+                         f"memory, and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
 
 
 def take_seeds(seed, prompts, takes):
@@ -993,7 +1000,7 @@ def generate(cfg, prompt=None, params=None, **options):
     guided, loop, takes = sampling["guidance_scale"] > 1, sampling["loop"], sampling["num_waveforms_per_prompt"]
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
     steps, shape = sampling["num_inference_steps"], (n * takes, *size)
-    check_memory(cfg, shape, guided, loaded=params is not None)
+    check_memory(cfg, shape, guided)
     seeds = take_seeds(sampling["seed"], conditions, takes)
     x = standard_normal(seeds, 0, size) if x is None else checked_array("latents", x, shape)
     noise = (standard_normal(seeds, i + 1, size) for i in range(steps)) if noise is None else iter(
@@ -1211,7 +1218,7 @@ def planned(args):
     check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
     if pictures:
         check_output("--spectrogram", pictures, (".png",), 1)
-    check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1, loaded=False)
+    check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1)
 
     together = max(1, args.batch // takes)
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
@@ -1227,16 +1234,17 @@ def planned(args):
 
 
 def what_graphs_follow_from(plan):
-    """The numbers that decide which graphs a run compiles, and in which order."""
-    texts = [text for group in plan.missing for texts in (plan.texts if plan.interpolated else
-                                                         plan.texts[group.start:group.stop],
-                                                         plan.negatives[group.start:group.stop]) for text in texts]
+    """All that decides which graphs a run compiles, and in which order."""
+    cfg, sampling, texts = plan.cfg, plan.sampling, []
+    for group in plan.missing:
+        texts += plan.texts if plan.interpolated else plan.texts[group.start:group.stop]
+        texts += plan.negatives[group.start:group.stop]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will warn
-        lengths = [padded_length(plan.cfg, int(mask.sum())) for mask in tokenize(plan.cfg, texts)[1]] if texts else []
-    return ({**plan.cfg, "weights": None, "sampling": None}, plan.size, plan.sampling["loop"], plan.batch,
-            plan.sampling["guidance_scale"] > 1, plan.sampling["num_waveforms_per_prompt"], plan.heard is None,
-            plan.prompted, list(map(len, plan.missing)), lengths)
+        lengths = [padded_length(cfg, int(mask.sum())) for mask in tokenize(cfg, texts)[1]]
+    return ({**cfg, "device": checkpoints.use_device(cfg), "weights": None, "sampling": None}, plan.size, plan.batch,
+            sampling["loop"], sampling["guidance_scale"] > 1, sampling["num_waveforms_per_prompt"], plan.heard is None,
+            plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
 
 
 def produce(plan, params, group, quiet):
