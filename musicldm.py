@@ -1,7 +1,7 @@
 """MusicLDM, text to music (Chen et al., 2023, arXiv 2308.01546), as pure functions in MindSpore.
 
-`generate` reads like the paper's figure: prompt -> CLAP text tower -> UNet under DDIM with classifier-free guidance ->
-VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
+`generate` reads like the paper's figure: prompt -> CLAP text tower -> UNet under a scheduler with classifier-free
+guidance -> VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
 """
 import argparse
 import collections
@@ -35,6 +35,7 @@ from mindspore import Tensor, ops
 from PIL import Image, ImageDraw
 from scipy import signal as dsp
 
+import layers
 import weights as checkpoints
 from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
                     layer_norm, leaky_relu, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block,
@@ -58,6 +59,7 @@ ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt
 # ------------------------------------------------------------------------------------------------------ configuration
 
 def unknown(kind, name, valid):
+    """An InputError about a name that is not among the valid ones, with the nearest of them."""
     near = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}")
@@ -85,7 +87,7 @@ def checked_value(name, value, default):
         ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
-    elif name == "sampling.seed" and isinstance(value, (list, tuple)):
+    elif name == "sampling.seed" and isinstance(value, (list, tuple)) and fits(value, [0]):
         return [checked_value(name, seed, default) for seed in value]
     else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
@@ -121,6 +123,7 @@ def known_part(stated, base):
 
 
 def parse_yaml(text, where):
+    """The value of a YAML text; an InputError that begins with `where` if it has none."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise ValueError
@@ -128,6 +131,7 @@ def parse_yaml(text, where):
 
 
 def read_yaml(path):
+    """The content of a YAML file, {} if it is empty; an InputError if it cannot be read."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -221,6 +225,7 @@ def text_to_tokens(text, ranks):
 
 
 def tokens_to_text(tokens):
+    """The inverse of `text_to_tokens`."""
     codes = {character: byte for byte, character in enumerate(byte_characters())}
     parts = (token.encode() if token in SPECIAL_TOKENS else bytes(codes[character] for character in token)
              for token in tokens)
@@ -625,14 +630,17 @@ def stretch(x, frames):
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
 def to_tensor(cfg, array):
+    """An array as a Tensor of the dtype that cfg computes in."""
     return Tensor(np.ascontiguousarray(array, np.float32), checkpoints.tensor_dtype(cfg))
 
 
 def to_numpy(tensor):
+    """A Tensor as an np.float32 array of its own memory."""
     return tensor.astype(mindspore.float32).asnumpy().copy()  # asnumpy shares the tensor's memory
 
 
 def finite(array, what):
+    """The array; an InputError that names `what` if it holds NaN or Inf."""
     if not np.isfinite(array).all():
         raise InputError(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
     return array
@@ -656,7 +664,7 @@ def encode_prompt(cfg, params, prompts):
         x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
                                mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
         vectors[prompt] = x / np.linalg.norm(x)
-    return np.stack([vectors[prompt] for prompt in prompts])
+    return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
 
 
 def encode_audio(cfg, params, audio, sampling_rate=16000):
@@ -679,7 +687,7 @@ def encode_audio(cfg, params, audio, sampling_rate=16000):
         x = to_tensor(cfg, stretch(features[:, 0], width))
         vectors.append(to_numpy(clap_audio(x, encoder, projection, tower)))
     x = np.concatenate(vectors)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    return finite(x / np.linalg.norm(x, axis=1, keepdims=True), "the audio's vectors")
 
 
 def score(cfg, params, prompts, audio, sampling_rate=16000):
@@ -780,28 +788,30 @@ def clip_size(cfg, seconds, loop=False):
 def check_memory(cfg, shape, guided):
     """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
 
-    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU; nothing is said of other
-    devices, nor where Linux's /proc is missing.
+    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU. Nothing is refused on other
+    devices, nor where the system does not say what is free (Linux does).
     """
-    if checkpoints.use_device(cfg) != "CPU" or not os.path.exists("/proc/meminfo"):
+    if checkpoints.use_device(cfg) != "CPU":
         return
     n, _, h, w = shape
-    unet, vae = (cfg[model]["block_out_channels"] + cfg[model]["block_out_channels"][-1:] for model in ("unet", "vae"))
-    numbers = 8 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (unet[0] + unet[1]),
-                              9 * h * w * 4 ** (len(vae) - 2) * vae[1])
-    numbers += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
+    in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
+    levels = len(cfg["vae"]["block_out_channels"])
+    count = 10 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
+                            9 * h * w * 4 ** (levels - 1) * in_vae[1])
+    count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
 
-    def kilobytes(path, field):
-        return int(re.search(rf"{field}:\s+(\d+) kB", pathlib.Path(path).read_text())[1])
+    def stated(path, pattern, otherwise):
+        found = re.search(pattern, pathlib.Path(path).read_text()) if os.path.exists(path) else None
+        return int(found[1]) if found else otherwise
 
-    # what this process holds is its own: weights, and MindSpore's pool, which the next call takes again
-    free = 1024 * (kilobytes("/proc/meminfo", "MemAvailable") + kilobytes("/proc/self/status", "RssAnon"))
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # a container's
-    if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()))
-    if 4 * numbers > free:
-        raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * numbers / 1e9:.1f} GB of "
-                         f"memory, and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
+    # what this process holds counts as free: it is the weights, and MindSpore's pool, which the next call takes again
+    free = min(1024 * (stated("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", math.inf)
+                       + stated("/proc/self/status", r"RssAnon:\s+(\d+) kB", 0)),
+               stated("/sys/fs/cgroup/memory.max", r"^(\d+)", math.inf),  # a container's limit, or its older kind
+               stated("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)", math.inf))
+    if 4 * count > free:
+        raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * count / 1e9:.1f} GB of memory, "
+                         f"and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
 
 
 def take_seeds(seed, prompts, takes):
@@ -839,6 +849,7 @@ def checked_array(name, value, shape):
 
 
 def checked_vectors(name, value, n, cfg):
+    """np.float32 (n, projection_dim) of unit length, n None for any; else an InputError that begins with `name`."""
     array = checked_array(name, value, (n, cfg["text_encoder"]["projection_dim"]))
     lengths = np.linalg.norm(array, axis=1)
     if np.abs(lengths - 1).max() > 1e-3:
@@ -866,6 +877,7 @@ def checked_audio(audio, sampling_rate):
 
 
 def checked_prompts(prompt):
+    """A text, or a list of texts -> a list of one text or more; else an InputError."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError(f"prompt is {prompt!r}; valid: a text, or a list of one text or more")
@@ -1050,8 +1062,8 @@ def check_output(flag, paths, formats, size):
 
 
 def write_files(contents):
-    """{path: bytes}, every file or none: written beside its path under another name, and then all are renamed."""
-    parts = {path: path.with_name(f".{os.getpid()}.{i}.part") for i, path in enumerate(contents)}
+    """{path: bytes}, each file whole: all are written beside their paths under other names, then all are renamed."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in contents}
     try:
         for path, part in parts.items():
             part.write_bytes(contents[path])
@@ -1131,6 +1143,7 @@ def read_prompts(args):
 
 
 def parse_arguments(argv):
+    """The command line as a namespace; an InputError for what it does not know. `set` holds config overrides."""
     def fail(message):
         raise InputError(message)
 
@@ -1175,19 +1188,21 @@ def kept_graphs(plan):
     the folder once a process. So a folder serves one plan, all that order and graphs follow from, and one version of
     the code; it appears under its name when a run is through.
     """
-    sources = [path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+    sources = [pathlib.Path(module.__file__).read_bytes() for module in (sys.modules[__name__], layers, checkpoints)]
     key = hashlib.sha256(repr((mindspore.__version__, sources, plan)).encode()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "musicldm" / key
-    part = folder.with_name(f"{key}.{os.getpid()}.part")
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "musicldm"
     try:
-        folder.exists() or part.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        part = tempfile.mkdtemp(".part", f"{key}.", cache)
     except OSError:  # as well without
         os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
-    os.environ["MS_COMPILER_CACHE_PATH"] = str(folder if folder.exists() else part)
+        yield
+        return
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(cache / key if (cache / key).exists() else part)
     try:
         yield
-        if part.exists() and not folder.exists():
-            part.rename(folder)
+        with contextlib.suppress(OSError):  # the folder is there, from an earlier run or another process
+            os.rename(part, cache / key)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -1207,7 +1222,7 @@ def planned(args):
                          "valid: twice and 1")
     heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
-    seeds = ([sampling["seed"]] * n if args.interpolate else take_seeds(sampling["seed"], texts, takes))
+    seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
     if args.prompts_file:
         names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), seeds)]
     else:
@@ -1218,18 +1233,21 @@ def planned(args):
     check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
     if pictures:
         check_output("--spectrogram", pictures, (".png",), 1)
-    check_memory(cfg, (min(args.batch, n * takes), *size), sampling["guidance_scale"] > 1)
+    guided = sampling["guidance_scale"] > 1
+    check_memory(cfg, (min(args.batch, n * takes), *size), guided)
 
     together = max(1, args.batch // takes)
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
-    # each process of msrun takes whole groups, so that no file depends on how many processes there are
-    groups = groups[int(os.environ.get("RANK_ID", 0))::int(os.environ.get("RANK_SIZE", 1))]
+    if os.environ.get("MS_ROLE") == "MS_WORKER":
+        # each process of msrun takes whole groups, so that no file depends on how many processes there are
+        groups = groups[int(os.environ["RANK_ID"])::int(os.environ["RANK_SIZE"])]
     missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
                        if not (args.resume and path.exists())] for group in groups}
     return types.SimpleNamespace(
         cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), heard=heard, seeds=seeds, paths=paths,
         pictures=pictures, missing={group: files for group, files in missing.items() if files}, samples=samples,
-        size=size, batch=args.batch, interpolated=args.interpolate, named_by_seed=args.prompts_file is not None,
+        size=size, guided=guided, batch=args.batch, interpolated=args.interpolate,
+        named_by_seed=args.prompts_file is not None,
         negatives=negative if isinstance(negative, list) else [negative] * n)
 
 
@@ -1238,13 +1256,13 @@ def what_graphs_follow_from(plan):
     cfg, sampling, texts = plan.cfg, plan.sampling, []
     for group in plan.missing:
         texts += plan.texts if plan.interpolated else plan.texts[group.start:group.stop]
-        texts += plan.negatives[group.start:group.stop]
+        texts += plan.negatives[group.start:group.stop] if plan.guided else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will warn
         lengths = [padded_length(cfg, int(mask.sum())) for mask in tokenize(cfg, texts)[1]]
     return ({**cfg, "device": checkpoints.use_device(cfg), "weights": None, "sampling": None}, plan.size, plan.batch,
-            sampling["loop"], sampling["guidance_scale"] > 1, sampling["num_waveforms_per_prompt"], plan.heard is None,
-            plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
+            sampling["scheduler"], sampling["loop"], plan.guided, sampling["num_waveforms_per_prompt"],
+            plan.heard is None, plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
 
 
 def produce(plan, params, group, quiet):
@@ -1258,17 +1276,17 @@ def produce(plan, params, group, quiet):
         toward = interpolate(*ends, plan.interpolated)[here]
     else:
         toward = prompt_vectors(cfg, params, plan.texts[here] if plan.prompted else None, plan.heard, weight)
-    away = encode_prompt(cfg, params, plan.negatives[here])
+    away = encode_prompt(cfg, params, plan.negatives[here]) if plan.guided else None
     evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"]))
     mel = []
     for first in range(0, len(rows), plan.batch):
         some = rows[first:first + plan.batch]
         prompts = [row // takes - group.start for row in some]
         name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
-        mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt_embeds=away[prompts],
-                            negative_prompt=None, seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1,
-                            output_type="mel", callback=None if quiet else progress_line(name, evaluations),
-                            callback_steps=1))
+        mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
+                            negative_prompt_embeds=away[prompts] if plan.guided else None,
+                            seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1, output_type="mel",
+                            callback=None if quiet else progress_line(name, evaluations), callback_steps=1))
     mel = np.concatenate(mel)
     audio = vocode(cfg, params, mel, sampling["loop"])[:, :plan.samples]
     order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
@@ -1285,6 +1303,7 @@ def produce(plan, params, group, quiet):
 
 
 def run(argv, keep_graphs):
+    """What `main` does, with mistakes as exceptions."""
     start = time.perf_counter()
     args = parse_arguments(argv)
     say = (lambda text: None) if args.quiet else functools.partial(print, flush=True)

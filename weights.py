@@ -90,10 +90,12 @@ def find_weights(weights):
 
 
 def one_line(error):
+    """The message of an exception, or its type, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(path):
+    """The content of a JSON file; an InputError if it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -190,6 +192,16 @@ def check_architecture(cfg):
             yield "vocoder.resblock_dilation_sizes must have a list for each of resblock_kernel_sizes"
         if vocoder["model_in_dim"] % 2 ** (len(vae["block_out_channels"]) - 1):
             yield f"vocoder.model_in_dim is {vocoder['model_in_dim']}; valid: what the VAE's scale divides"
+        if not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
+            yield "unet.in_channels, unet.out_channels and vae.latent_channels must be equal"
+        if unet["projection_class_embeddings_input_dim"] != cfg["text_encoder"]["projection_dim"]:
+            yield (f"unet.projection_class_embeddings_input_dim is {unet['projection_class_embeddings_input_dim']}; "
+                   f"valid: CLAP's projection_dim, {cfg['text_encoder']['projection_dim']}")
+        if vae["out_channels"] != 1:
+            yield f"vae.out_channels is {vae['out_channels']}; valid: 1, a spectrogram"
+        if vocoder["upsample_initial_channel"] % 2 ** len(vocoder["upsample_rates"]):
+            yield (f"vocoder.upsample_initial_channel is {vocoder['upsample_initial_channel']}; valid: what halves at "
+                   "each of upsample_rates")
         if not 0 < schedule["beta_start"] <= schedule["beta_end"] < 1:
             yield "schedule.beta_start and beta_end must lie between 0 and 1 in this order"
         if schedule["num_train_timesteps"] < 2 or not 0 <= schedule["steps_offset"] <= 1:
@@ -239,6 +251,7 @@ def vocabulary_files(cfg):
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 def under(prefix, *groups):
+    """{name: shape} of several groups, below a prefix."""
     return {f"{prefix}.{name}": shape for group in groups for name, shape in group.items()}
 
 
@@ -415,6 +428,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def shard_paths(folder, model):
+    """The safetensors files of a model: one, or those that its index names."""
     path = pathlib.Path(folder) / model / f"{MODELS[model]}.safetensors"
     index = path.with_name(path.name + ".index.json")
     if not os.path.isfile(index):
@@ -499,6 +513,7 @@ def check_weights(cfg):
 
 
 def as_float32(array):
+    """Any float dtype, bfloat16 as its uint16 bits -> np.float32."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
@@ -628,7 +643,8 @@ def tensor_dtype(cfg):
     return getattr(mindspore, cfg["dtype"])
 
 
-def to_tensor(array, cfg):
+def parameter(array, cfg):
+    """A laid-out array as a Tensor of the dtype that cfg computes in."""
     tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
     dtype = tensor_dtype(cfg)
     return tensor if dtype == tensor.dtype else tensor.astype(dtype)
@@ -637,7 +653,7 @@ def to_tensor(array, cfg):
 def random_params(cfg, seed):
     """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
     native, rng = use_device(cfg) != "CPU", np.random.default_rng(seed)
-    return {model: nest({name: to_tensor(lay_out(name, array, cfg, native), cfg)
+    return {model: nest({name: parameter(lay_out(name, array, cfg, native), cfg)
                          for name, array in random_arrays(shapes, rng)})
             for model, shapes in param_shapes(cfg).items()}
 
@@ -663,7 +679,7 @@ def load_params(cfg):
 
             arrays = pool.map(load, sources)
             # not in the pool: MindSpore sometimes dies when several threads convert a dtype
-            params[model] = nest({name: to_tensor(array, cfg) for name, array in zip(sources, arrays)})
+            params[model] = nest({name: parameter(array, cfg) for name, array in zip(sources, arrays)})
             for mapping in mappings if hasattr(mmap, "MADV_DONTNEED") else ():
                 mapping.madvise(mmap.MADV_DONTNEED)  # out of memory again, until it is computed with
     if broken:

@@ -169,6 +169,7 @@ def test_what_precedes_a_failure_is_kept(monkeypatch, capsys):
 
 @pytest.mark.parametrize("rank, names", [("0", NAMES[:2] + NAMES[4:]), ("1", NAMES[2:4]), ("2", [])])
 def test_each_process_takes_whole_batches(rank, names, monkeypatch):
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", rank)
     monkeypatch.setenv("RANK_SIZE", "2" if rank != "2" else "3")
     monkeypatch.setattr(musicldm, "generate", lambda *_, seed, **__: np.zeros((len(seed), 32, 16), np.float32))
@@ -189,6 +190,34 @@ def test_msrun_writes_the_same_bytes_as_one_process(running):
     pathlib.Path("p").write_bytes(LINES)
     assert len(several) == 5 and musicldm.main(["--prompts-file", "p", *TINY, "--quiet"]) == 0
     assert several == {name: pathlib.Path(name).read_bytes() for name in several}
+
+
+def test_kept_graphs_give_the_same_bytes():
+    """Two processes with one cache folder against this process, which keeps no graphs."""
+    arguments = ["--prompt", "a", *TINY, "--quiet", "--out"]
+    for name in ("first.wav", "second.wav"):
+        subprocess.run([sys.executable, str(ROOT / "musicldm.py"), *arguments, name], check=True)
+    folder, = pathlib.Path(os.environ["XDG_CACHE_HOME"], "musicldm").iterdir()
+    assert folder.suffix == "" and list(folder.rglob("*.mindir"))
+    assert musicldm.main([*arguments, "wanted.wav"]) == 0
+    assert len({pathlib.Path(name).read_bytes() for name in ("first.wav", "second.wav", "wanted.wav")}) == 1
+
+
+def test_graphs_are_kept_for_the_same_plan_alone():
+    def plan(*arguments):
+        return repr(musicldm.what_graphs_follow_from(musicldm.planned(musicldm.parse_arguments(arguments))))
+
+    soundfile.write("a.wav", np.zeros(16000), 16000)
+    pathlib.Path("x_2.wav").touch()
+    base = ["--prompt", "a", *TINY, "--out", "x.wav"]
+    same = [[*base, *more] for more in ([], ["--seed", "5"], ["--steps", "3"], ["--guidance", "3"])]
+    same += [["--prompt", "b", *base[2:]], [*base, "--prompt", "b", "--resume"]]  # the other file is there
+    assert len({plan(*arguments) for arguments in same}) == 1
+    others = [["--seconds", "0.4"], ["--guidance", "1"], ["--loop"], ["--waveforms", "2"], ["--prompt", "b"],
+              ["--prompt", "b", "--batch", "2"], ["--negative-prompt", "many words " * 9],
+              ["--dtype", "float16"], ["--set", "unet.norm_eps=1.0e-4"], ["--audio-prompt", "a.wav"],
+              ["--prompt", "b", "--interpolate", "3"], ["--scheduler", "dpm"]]
+    assert len({plan(*base, *more) for more in ([], *others)}) == 1 + len(others)
 
 
 def test_interpolation_runs_from_one_prompt_to_the_other():
@@ -397,6 +426,12 @@ def test_readme_counts_lines():
     counts = {name: int(count) for name, count in rows}
     assert counts == {name: len((ROOT / name).read_text(encoding="utf-8").splitlines())
                       for name in ("musicldm.py", "layers.py", "weights.py", "config.yaml")}
+
+
+def test_readme_pictures():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with Image.open(ROOT / re.search(r"!\[.*?\]\((\S+?)\)", text).group(1)) as picture:
+        assert picture.size == (400, 4 * 64 + 16)  # 256 frames are widened for the caption
 
 
 def test_readme_main_command(running):
