@@ -87,7 +87,7 @@ def checked_value(name, value, default):
         ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
-    elif name == "sampling.seed" and isinstance(value, (list, tuple)) and fits(value, [0]):
+    elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
         return [checked_value(name, seed, default) for seed in value]
     else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}

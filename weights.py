@@ -622,13 +622,14 @@ def random_arrays(shapes, rng):
 def use_device(cfg):
     """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU"."""
     current = mindspore.get_context("device_target")
-    if cfg["device"] in ("auto", current):
-        return current
-    try:
-        mindspore.set_device(cfg["device"])
-    except (RuntimeError, ValueError, TypeError):  # also once MindSpore has computed on another device
-        raise InputError(f"device: this MindSpore has no {cfg['device']}; valid: auto, {current}") from None
-    return cfg["device"]
+    device = current if cfg["device"] == "auto" else cfg["device"]
+    number = os.environ.get("DEVICE_ID")  # msrun gives each process its own
+    if device != current or (device != "CPU" and number):
+        try:
+            mindspore.set_device(device, *([int(number)] if number else []))
+        except (RuntimeError, ValueError, TypeError):  # also once MindSpore has computed on another device
+            raise InputError(f"device: this MindSpore has no {device}; valid: auto, {current}") from None
+    return device
 
 
 def tensor_dtype(cfg):

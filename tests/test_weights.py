@@ -221,3 +221,16 @@ def test_half_precision(params, dtype, tolerance):
     result = musicldm.vocode(cfg, half, mel)
     assert result.dtype == np.float32
     assert relative_error(result, musicldm.vocode(golden_config(), params, mel)) < tolerance
+
+
+@pytest.mark.parametrize("device, current, number, expected", [
+    ("auto", "CPU", "1", []), ("auto", "Ascend", None, []), ("auto", "Ascend", "1", [("Ascend", 1)]),
+    ("Ascend", "CPU", "1", [("Ascend", 1)]), ("CPU", "Ascend", None, [("CPU",)])])
+def test_each_process_of_msrun_takes_its_own_device(monkeypatch, device, current, number, expected):
+    chosen = []
+    monkeypatch.setattr(weights.mindspore, "get_context", lambda name: current)
+    monkeypatch.setattr(weights.mindspore, "set_device", lambda *given: chosen.append(given))
+    monkeypatch.delenv("DEVICE_ID", raising=False)
+    if number:
+        monkeypatch.setenv("DEVICE_ID", number)
+    assert weights.use_device({"device": device}) == (current if device == "auto" else device) and chosen == expected
