@@ -24,6 +24,7 @@ from weights import InputError
 
 ROOT = pathlib.Path(musicldm.__file__).parent
 TINY = ["--weights", str(GOLDEN / "checkpoint"), "--seconds", "0.32", "--steps", "2"]
+KEPT = ["--prompt", "a", *TINY, "--quiet", "--out"]
 
 
 def readme_commands():
@@ -34,7 +35,7 @@ def readme_commands():
 
 @pytest.fixture(scope="module", autouse=True)
 def running(request, tmp_path_factory):
-    """{beginning of a README command: (its process, its folder)}: they start early, as they take long."""
+    """{test: (process, folder)} of the README's commands and one more: they start early, as they take long."""
     python, found = pathlib.Path(sys.executable), {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,15 +43,18 @@ def running(request, tmp_path_factory):
     here = {".venv/bin/python": [python], "musicldm.py": [ROOT / "musicldm.py"],
             "msrun": [python.parent / "msrun", "--log_dir", "log", "--master_port", port],
             "tests/golden/checkpoint": [GOLDEN / "checkpoint"]}
-    for test, start in (("test_readme_main_command", ".venv/bin/python musicldm.py"), ("test_msrun", "msrun")):
+    lines = {"test_readme_main": next(line for line in readme_commands() if "--weights random" in line),
+             "test_msrun": next(line for line in readme_commands() if line.startswith("msrun")),
+             "test_kept": shlex.join([".venv/bin/python", "musicldm.py", *KEPT, "first.wav"])}
+    for test, line in lines.items():
         if any(item.name.startswith(test) for item in request.session.items):
-            folder, line = tmp_path_factory.mktemp("run"), next(c for c in readme_commands() if c.startswith(start))
+            folder = tmp_path_factory.mktemp("run")
             (folder / "prompts.txt").write_bytes(LINES)
             command = [str(part) for word in shlex.split(line) for part in here.get(word, [word])]
             environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"),
                            "PATH": f"{python.parent}:{os.environ['PATH']}"}  # msrun starts "python" by this name
             with open(folder / "log.txt", "w") as log:
-                found[start] = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log), folder
+                found[test] = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log), folder
     yield found
     for process, _ in found.values():
         process.kill()
@@ -185,7 +189,7 @@ def test_the_scheduler_process_of_msrun_does_nothing(monkeypatch, capsys):
 
 def test_msrun_writes_the_same_bytes_as_one_process(running):
     """As the README runs it."""
-    process, folder = running["msrun"]
+    process, folder = running["test_msrun"]
     assert process.wait() == 0, (folder / "log.txt").read_text()
     several = {path.name: path.read_bytes() for path in folder.glob("*.wav")}
     pathlib.Path("p").write_bytes(LINES)
@@ -193,15 +197,17 @@ def test_msrun_writes_the_same_bytes_as_one_process(running):
     assert several == {name: pathlib.Path(name).read_bytes() for name in several}
 
 
-def test_kept_graphs_give_the_same_bytes():
+def test_kept_graphs_give_the_same_bytes(running, monkeypatch):
     """Two processes with one cache folder against this process, which keeps no graphs."""
-    arguments = ["--prompt", "a", *TINY, "--quiet", "--out"]
-    for name in ("first.wav", "second.wav"):
-        subprocess.run([sys.executable, str(ROOT / "musicldm.py"), *arguments, name], check=True)
-    folder, = pathlib.Path(os.environ["XDG_CACHE_HOME"], "musicldm").iterdir()
-    assert folder.suffix == "" and list(folder.rglob("*.mindir"))
-    assert musicldm.main([*arguments, "wanted.wav"]) == 0
-    assert len({pathlib.Path(name).read_bytes() for name in ("first.wav", "second.wav", "wanted.wav")}) == 1
+    process, folder = running["test_kept"]
+    assert process.wait() == 0, (folder / "log.txt").read_text()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    subprocess.run([sys.executable, ROOT / "musicldm.py", *KEPT, folder / "second.wav"], check=True)
+    graphs, = (folder / "cache" / "musicldm").iterdir()
+    assert graphs.suffix == "" and list(graphs.rglob("*.mindir"))
+    assert musicldm.main([*KEPT, "wanted.wav"]) == 0
+    wanted = pathlib.Path("wanted.wav").read_bytes()
+    assert [(folder / name).read_bytes() == wanted for name in ("first.wav", "second.wav")] == [True, True]
 
 
 def test_graphs_are_kept_for_the_same_plan_alone():
@@ -439,7 +445,7 @@ def test_readme_pictures():
 
 def test_readme_main_command(running):
     """The whole architecture on random weights, as the README's first command runs it."""
-    process, folder = running[".venv/bin/python musicldm.py"]
+    process, folder = running["test_readme_main"]
     said, command = folder / "log.txt", process.args
     assert process.wait() == 0, said.read_text()
     assert "the weights are random: the result is noise" in said.read_text()
