@@ -44,8 +44,7 @@ from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16"),
-           "sampling.output_type": ("np", "mel", "latent"),
-           "sampling.scheduler": ("ddim", "dpm", "pndm", "lms", "heun", "euler", "euler_ancestral")}
+           "sampling.output_type": ("np", "mel", "latent")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
@@ -92,8 +91,9 @@ def checked_value(name, value, default):
     else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
         valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
-    if ok and name in CHOICES:
-        valid, ok = ", ".join(CHOICES[name]), value in CHOICES[name]
+    choices = tuple(SCHEDULERS) if name == "sampling.scheduler" else CHOICES.get(name)
+    if ok and choices:
+        valid, ok = ", ".join(choices), value in choices
     if ok and name in RANGES:
         low, high = RANGES[name]
         valid, ok = f"{low} or more" if high == math.inf else f"{low} to {high}", low <= value <= high
@@ -667,6 +667,12 @@ def encode_prompt(cfg, params, prompts):
     return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
 
 
+def heard_samples(cfg, sampling_rate):
+    """How much of a waveform counts, and a second more, so that the end of the resampling does not show."""
+    extractor = cfg["feature_extractor"]
+    return extractor["nb_max_samples"] * sampling_rate // extractor["sampling_rate"] + sampling_rate
+
+
 def encode_audio(cfg, params, audio, sampling_rate=16000):
     """CLAP's audio vectors, np.float32 (n, projection_dim), unit length, one waveform at a time.
 
@@ -676,15 +682,13 @@ def encode_audio(cfg, params, audio, sampling_rate=16000):
     Raises InputError, before the tower runs, for audio that is empty, not finite, or of another shape or type.
     """
     waveforms = checked_audio(audio, sampling_rate)
-    extractor, tower, p = cfg["feature_extractor"], frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
+    tower, p = frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
     encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
-    rate, width = extractor["sampling_rate"], tower["spec_size"] * (tower["spec_size"] // tower["num_mel_bins"])
-    # a second more than is heard, so that the end of the resampling does not show
-    longest = extractor["nb_max_samples"] * sampling_rate // rate + sampling_rate
-    vectors = []
+    rate, side = cfg["feature_extractor"]["sampling_rate"], tower["spec_size"]
+    longest, vectors = heard_samples(cfg, sampling_rate), []
     for waveform in waveforms:
         features = clap_features(cfg, [resample(waveform[:longest], sampling_rate, rate)])
-        x = to_tensor(cfg, stretch(features[:, 0], width))
+        x = to_tensor(cfg, stretch(features[:, 0], side * (side // tower["num_mel_bins"])))
         vectors.append(to_numpy(clap_audio(x, encoder, projection, tower)))
     x = np.concatenate(vectors)
     return finite(x / np.linalg.norm(x, axis=1, keepdims=True), "the audio's vectors")
@@ -705,11 +709,9 @@ def read_audio(cfg, audio):
     audio: a path; (waveform, rate), the waveform (samples,) or (samples, channels); or a waveform at the vocoder's rate
     """
     if isinstance(audio, (str, os.PathLike)):
-        extractor = cfg["feature_extractor"]
-        longest = extractor["nb_max_samples"] / extractor["sampling_rate"] + 1  # CLAP hears no more of it
         try:
             with soundfile.SoundFile(audio) as file:
-                audio = file.read(math.ceil(longest * file.samplerate)), file.samplerate
+                audio = file.read(heard_samples(cfg, file.samplerate)), file.samplerate
         except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
             raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
@@ -755,12 +757,13 @@ def vocode(cfg, params, mel, loop=False, window=1024):
     samples = mel.shape[1] * hop
     if loop:
         mel = np.pad(mel, ((0, 0), (reach, reach), (0, 0)), mode="wrap")
-    size = min(mel.shape[1], max(window, 2 * reach + 1))
+    step = max(1, window - 2 * reach)
+    size = min(mel.shape[1], step + 2 * reach)
     last = mel.shape[1] - size
     waveforms = []
     for x in mel:
         parts, done = [], 0
-        for start in [*range(0, last, max(1, size - 2 * reach)), last]:
+        for start in [*range(0, last, step), last]:
             part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
             end = len(part) if start == last else (size - reach) * hop
             parts.append(part[done - start * hop:end])
@@ -911,15 +914,15 @@ def checked_options(cfg, options, n):
     return sampling
 
 
-def prompt_vectors(cfg, params, prompts=None, audio_prompt=None, weight=0.5):
+def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
-    Of the prompts (a text or a list of texts), of audio_prompt (see `read_audio`), or with both, of the normalised
-    mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was trained on CLAP's audio vectors.
+    Of the prompts (a text or a list of texts), `heard`, the vector (1, projection_dim) that encode_audio made of an
+    audio prompt, or with both, the normalised mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was
+    trained on CLAP's audio vectors.
     """
-    if audio_prompt is None:
+    if heard is None:
         return encode_prompt(cfg, params, prompts)
-    heard = encode_audio(cfg, params, *read_audio(cfg, audio_prompt))
     if prompts is None:
         return heard
     mixture = (1 - weight) * encode_prompt(cfg, params, prompts) + weight * heard
@@ -1021,7 +1024,8 @@ def generate(cfg, prompt=None, params=None, **options):
         params = checkpoints.load_params(cfg)
 
     if prompt_embeds is None:
-        prompt_embeds = prompt_vectors(cfg, params, prompt, audio_prompt, sampling["audio_prompt_weight"])
+        heard = None if audio_prompt is None else encode_audio(cfg, params, *audio_prompt)
+        prompt_embeds = prompt_vectors(cfg, params, prompt, heard, sampling["audio_prompt_weight"])
     if guided and negative_embeds is None:
         negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
                                         [negative or ""] * n)
@@ -1220,7 +1224,7 @@ def planned(args):
     if args.interpolate and (len(args.prompt), takes) != (2, 1):
         raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; "
                          "valid: twice and 1")
-    heard = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
+    audio_prompt = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
     if args.prompts_file:
@@ -1244,62 +1248,63 @@ def planned(args):
     missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
                        if not (args.resume and path.exists())] for group in groups}
     return types.SimpleNamespace(
-        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), heard=heard, seeds=seeds, paths=paths,
-        pictures=pictures, missing={group: files for group, files in missing.items() if files}, samples=samples,
-        size=size, guided=guided, batch=args.batch, interpolated=args.interpolate,
+        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), audio_prompt=audio_prompt, seeds=seeds,
+        paths=paths, pictures=pictures, missing={group: files for group, files in missing.items() if files},
+        samples=samples, size=size, guided=guided, batch=args.batch, interpolated=args.interpolate,
         named_by_seed=args.prompts_file is not None,
         negatives=negative if isinstance(negative, list) else [negative] * n)
 
 
 def what_graphs_follow_from(plan):
     """All that decides which graphs a run compiles, and in which order."""
-    cfg, sampling, texts = plan.cfg, plan.sampling, []
+    cfg, sampling, texts = plan.cfg, plan.sampling, [*plan.texts] if plan.interpolated else []
     for group in plan.missing:
-        texts += plan.texts if plan.interpolated else plan.texts[group.start:group.stop]
+        texts += [] if plan.interpolated else plan.texts[group.start:group.stop]
         texts += plan.negatives[group.start:group.stop] if plan.guided else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will warn
         lengths = [padded_length(cfg, int(mask.sum())) for mask in tokenize(cfg, texts)[1]]
     return ({**cfg, "device": checkpoints.use_device(cfg), "weights": None, "sampling": None}, plan.size, plan.batch,
             sampling["scheduler"], sampling["loop"], plan.guided, sampling["num_waveforms_per_prompt"],
-            plan.heard is None, plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
+            plan.audio_prompt is None, plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
 
 
-def produce(plan, params, group, quiet):
-    """{path: bytes} of the prompts of one group, and a line about each waveform."""
+def produce(plan, params, quiet):
+    """Yield for each group {path: bytes} of the files that are missing, and a line about each waveform."""
     cfg, sampling, takes = plan.cfg, plan.sampling, plan.sampling["num_waveforms_per_prompt"]
-    here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
-    weight, rate, seconds = (sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"],
-                             plan.samples / cfg["vocoder"]["sampling_rate"])
-    if plan.interpolated:
-        ends = prompt_vectors(cfg, params, plan.texts, plan.heard, weight)
-        toward = interpolate(*ends, plan.interpolated)[here]
-    else:
-        toward = prompt_vectors(cfg, params, plan.texts[here] if plan.prompted else None, plan.heard, weight)
-    away = encode_prompt(cfg, params, plan.negatives[here]) if plan.guided else None
+    weight, rate = sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"]
+    seconds = plan.samples / rate
     evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"]))
-    mel = []
-    for first in range(0, len(rows), plan.batch):
-        some = rows[first:first + plan.batch]
-        prompts = [row // takes - group.start for row in some]
-        name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
-        mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
-                            negative_prompt_embeds=away[prompts] if plan.guided else None,
-                            seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1, output_type="mel",
-                            callback=None if quiet else progress_line(name, evaluations), callback_steps=1))
-    mel = np.concatenate(mel)
-    audio = vocode(cfg, params, mel, sampling["loop"])[:, :plan.samples]
-    order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
-    files, lines = {}, []
-    for place, i in enumerate(order):
-        row = rows[i if plan.named_by_seed else place]  # whose name the file gets: that of its seed, or of its place
-        path = plan.paths[row]
-        files[path] = audio_bytes(audio[i], rate, path.suffix)
-        if plan.pictures:
-            files[plan.pictures[row]] = spectrogram_bytes(mel[i], seconds)
-        score = "" if scores is None else f"  score {scores[place]:.3f}"
-        lines.append(f"{path}  {seconds:.2f} s  seed {plan.seeds[rows[i]]}{score}")
-    return files, lines
+    heard = None if plan.audio_prompt is None else encode_audio(cfg, params, *plan.audio_prompt)
+    if plan.interpolated:
+        way = interpolate(*prompt_vectors(cfg, params, plan.texts, heard, weight), plan.interpolated)
+    for group, missing in plan.missing.items():
+        here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
+        toward = way[here] if plan.interpolated else prompt_vectors(
+            cfg, params, plan.texts[here] if plan.prompted else None, heard, weight)
+        away = encode_prompt(cfg, params, plan.negatives[here]) if plan.guided else None
+        mel = []
+        for first in range(0, len(rows), plan.batch):
+            some = rows[first:first + plan.batch]
+            prompts = [row // takes - group.start for row in some]
+            name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
+            mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
+                                negative_prompt_embeds=away[prompts] if plan.guided else None,
+                                seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1, output_type="mel",
+                                callback=None if quiet else progress_line(name, evaluations), callback_steps=1))
+        mel = np.concatenate(mel)
+        audio = vocode(cfg, params, mel, sampling["loop"])[:, :plan.samples]
+        order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
+        files, lines = {}, []
+        for place, i in enumerate(order):
+            row = rows[i if plan.named_by_seed else place]  # whose name the file gets: of its seed, or of its place
+            path = plan.paths[row]
+            files[path] = audio_bytes(audio[i], rate, path.suffix)
+            if plan.pictures:
+                files[plan.pictures[row]] = spectrogram_bytes(mel[i], seconds)
+            score = "" if scores is None else f"  score {scores[place]:.3f}"
+            lines.append(f"{path}  {seconds:.2f} s  seed {plan.seeds[rows[i]]}{score}")
+        yield {path: files[path] for path in missing}, lines
 
 
 def run(argv, keep_graphs):
@@ -1318,9 +1323,8 @@ def run(argv, keep_graphs):
     if plan.missing:
         with kept_graphs(what_graphs_follow_from(plan)) if keep_graphs else contextlib.nullcontext():
             params = checkpoints.load_params(cfg)
-            for group, missing in plan.missing.items():
-                files, lines = produce(plan, params, group, args.quiet)
-                write_files({path: files[path] for path in missing})
+            for files, lines in produce(plan, params, args.quiet):
+                write_files(files)
                 say("\n".join(lines))
                 written += len(lines)
     took = time.perf_counter() - start

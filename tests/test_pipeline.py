@@ -137,15 +137,16 @@ def test_audio_prompts(sound, params):
     for rate, mono in sound[0].items():
         heard = musicldm.encode_audio(cfg, params, mono, rate)
         for form in sound[1][rate]:
-            assert np.array_equal(musicldm.prompt_vectors(cfg, params, None, form), heard)
+            read = musicldm.encode_audio(cfg, params, *musicldm.read_audio(cfg, form))
+            assert np.array_equal(musicldm.prompt_vectors(cfg, params, None, read), heard)
     assert np.abs(heard - text).max() > 0.1
     for weight, wanted in ((0, text), (1, heard), (0.5, text + heard), (0.2, 4 * text + heard)):
-        mixed = musicldm.prompt_vectors(cfg, params, ["a", "drums"], (mono, rate), weight)
+        mixed = musicldm.prompt_vectors(cfg, params, ["a", "drums"], heard, weight)
         wanted = np.broadcast_to(wanted / np.linalg.norm(wanted, axis=1, keepdims=True), mixed.shape)
         assert relative_error(mixed, wanted) < 1e-6
     options = {**SHORT, "output_type": "latent"}
     for prompt, weight in ((None, 0.5), ("a", 0.5), ("a", 0.2)):
-        vector = musicldm.prompt_vectors(cfg, params, prompt, (mono, rate), weight)
+        vector = musicldm.prompt_vectors(cfg, params, prompt, heard, weight)
         assert np.array_equal(
             musicldm.generate(cfg, prompt, params, audio_prompt=(mono, rate), audio_prompt_weight=weight, **options),
             musicldm.generate(cfg, None, params, prompt_embeds=vector, **options))
