@@ -96,8 +96,7 @@ def test_the_most_steps_are_the_last_that_stay_within_the_schedule(name):
 
 
 def test_mistakes():
-    assert musicldm.CHOICES["sampling.scheduler"] == tuple(musicldm.SCHEDULERS)
-    with pytest.raises(InputError, match="scheduler is .plms.; valid: ddim, dpm, .*, euler_ancestral"):
+    with pytest.raises(InputError, match="is .plms.; valid: ddim, dpm, pndm, lms, heun, euler, euler_ancestral$"):
         musicldm.generate(golden_config(), "a", scheduler="plms")
     with pytest.raises(InputError, match="sampling.eta is 0.5; valid with the scheduler heun: 0"):
         musicldm.generate(golden_config(), "a", scheduler="heun", eta=0.5)
