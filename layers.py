@@ -3,9 +3,14 @@
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
 sequence, C channels, I and O channels into and out of a layer, K taps of a convolution.
 Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C). A leaf returns its input's
-dtype. Parameters are the sub-dict of the checkpoint that holds a layer (weights.py lays it out); leaves take its
-`weight` and `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only numbers.
+dtype. Parameters are the sub-dict of the checkpoint that holds a layer; leaves take its `weight` and `bias`. Arguments
+come in one order: data, conditioning, parameters, then keyword-only numbers.
 """
+import math
+import os
+import pathlib
+
+import mindspore
 import numpy as np
 from mindspore import Tensor, float32, int32, ops
 from mindspore.ops import constexpr
@@ -18,17 +23,15 @@ def blocks(numbers):
     return -(-numbers // BLOCK)
 
 
-def stretched(x, shape):
-    """x broadcast to a shape, for arithmetic on large tensors.
-
-    Left to broadcast by itself, MindSpore's CPU arithmetic takes twice the time, and each such operation of a graph
-    keeps 16 bytes for every number of its result until the process ends.
-    """
-    return ops.broadcast_to(x, shape)
+@constexpr
+def as_rows(shape):
+    return -1, shape[-1]
 
 
 def linear(x, weight, bias=None):
-    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, as channels are last."""
+    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution (O, I, 1, 1), as channels are last."""
+    if weight.ndim > 2:
+        weight = weight.reshape(weight.shape[0], -1)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] < 64:  # up to eight times as fast on a CPU: oneDNN packs its second matrix anew each time
         y = ops.MatMul(transpose_b=True)(weight, rows).transpose(1, 0)
@@ -39,53 +42,241 @@ def linear(x, weight, bias=None):
     return y.reshape(x.shape[:-1] + (weight.shape[0],))
 
 
-@constexpr
-def tap_rows(size, out_size, kernel, stride, dilation, padding, scale, loop, begin, end):
-    """For output positions and taps of a convolution, the rows of the flattened (H * W, C) input that they multiply.
+# -------------------------------------------------------------------------------------------------------- convolution
+# A geometry is a tuple of what a convolution over images (N, H, W, C) is but for its weight: N, then pairs (height,
+# width) of the sizes of the input and of the output, kernel, stride, dilation and padding, then `scale` 2 to read the
+# image as if its pixels were doubled both ways and it was cut to the output's size, and `loop` to repeat it along H.
+# Shapes and indices are made by constexpr functions, as arithmetic inside a graph takes milliseconds to compile.
 
-    Sizes, kernel, stride, dilation and padding are pairs (height, width). Row H * W stands for the zeros outside the
-    image. `scale` 2 reads the image as if its pixels were doubled in both directions and it was cut to out_size. With
-    `loop` the image repeats itself along its height.
-    Returns an int32 Tensor ((end - begin) * K,) for the positions begin to end of the flattened output.
+def polyphase(kernel, stride):
+    """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
+
+    Position t = stride * q + phase sums the inputs i whose tap k = t + padding - stride * i lies in [0, kernel), with
+    HiFi-GAN's padding (kernel - stride) // 2.
     """
-    def along(axis, position):
-        limit = (size if scale == 1 else out_size)[axis]
-        place = position[:, None] * stride[axis] - padding[axis] + np.arange(kernel[axis]) * dilation[axis]
-        if loop and axis == 0:
-            place = place % limit
-        return place // scale, (place >= 0) & (place < limit)
-
-    y, x = np.divmod(np.arange(begin, end), out_size[1])
-    (y, y_inside), (x, x_inside) = along(0, y), along(1, x)
-    rows = y[:, :, None] * size[1] + x[:, None, :]
-    inside = y_inside[:, :, None] & x_inside[:, None, :]
-    return Tensor(np.where(inside, rows, size[0] * size[1]).reshape(-1).astype(np.int32))
+    padding = (kernel - stride) // 2
+    first = (kernel - 1 - padding) // stride
+    return first, first + 1 + (stride - 1 + padding) // stride
 
 
-def gathered_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale, loop):
+def transposed_length(length, kernel, stride):
+    """Of `conv_transpose1d`'s output."""
+    return (length - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
+
+
+@constexpr
+def geometry2d(shape, stride, upsample_to, loop):
+    out_size = upsample_to or tuple((size - 1) // stride + 1 for size in shape[1:3])
+    return shape[0], shape[1:3], out_size, (3, 3), (stride, stride), (1, 1), (1, 1), 2 if upsample_to else 1, loop
+
+
+@constexpr
+def geometry1d(shape, kernel, dilation):
+    """A sequence (N, L, C) is an image one pixel wide; the output is as long."""
+    n, l, _ = shape
+    return n, (l, 1), (l, 1), (kernel, 1), (1, 1), (dilation, 1), (dilation * (kernel - 1) // 2, 0), 1, False
+
+
+@constexpr
+def geometry_transposed1d(shape, kernel, stride):
+    """For `conv_transpose1d`: an output position holds `stride` samples."""
+    n, l, _ = shape
+    first, taps = polyphase(kernel, stride)
+    return n, (l, 1), (-(-transposed_length(l, kernel, stride) // stride), 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
+
+
+@constexpr
+def out_shape(shape, geometry, bias_shape):
+    """The shape (N, H, W, C) or (N, L, C) of the output for an input's shape."""
+    return shape[0], *geometry[2][:len(shape) - 2], bias_shape[0]
+
+
+def read_along(axis, place, geometry):
+    """Places along an axis of what is convolved -> where in the input they are, and whether they are inside."""
+    _, size, out_size, *_, scale, loop = geometry
+    limit = (size if scale == 1 else out_size)[axis]
+    if loop and axis == 0:
+        place = place % limit
+    return place // scale, (place >= 0) & (place < limit)
+
+
+def int_tensor(array):
+    return Tensor(array.reshape(-1).astype(np.int32))
+
+
+@constexpr
+def tap_rows(geometry, channels):
+    """For each block of output positions, int32 (positions * K,): the row of the flattened input under each tap.
+
+    Row N * H * W stands for the zeros outside the image.
+    """
+    n, size, out_size, kernel, stride, dilation, padding, *_ = geometry
+    positions = n * math.prod(out_size)
+    step, result = -(-positions // blocks(positions * math.prod(kernel) * channels)), ()
+    for begin in range(0, positions, step):
+        image, *place = np.unravel_index(np.arange(begin, min(begin + step, positions)), (n, *out_size))
+        (y, y_inside), (x, x_inside) = (
+            read_along(axis, place[axis][:, None] * stride[axis] - padding[axis] + np.arange(kernel[axis]) * dilation[axis],
+                       geometry) for axis in (0, 1))
+        rows = (image[:, None, None] * size[0] + y[:, :, None]) * size[1] + x[:, None]
+        result += int_tensor(np.where(y_inside[:, :, None] & x_inside[:, None], rows, n * math.prod(size))),
+    return result
+
+
+def with_zeros(x):
+    """The pixels of x (..., C) as rows, and a row of zeros after the last."""
+    x = x.reshape(as_rows(x.shape))
+    return ops.cat((x, ops.zeros((1, x.shape[1]), x.dtype)), 0)
+
+
+def after(parts, x):
+    """x, once the last of the parts is computed: blocks that run one after the other share memory."""
+    return ops.Depend()(x, parts[-1]) if len(parts) > 0 else x
+
+
+def joined(parts):
+    return ops.cat(parts, 0) if len(parts) > 1 else parts[0]
+
+
+def gathered_weight(weight):
+    """weight (O, I, KH, KW) as `gathered_convolution` takes it, (O, K * I)."""
+    o, i, _, _ = weight.shape
+    return weight.reshape(o, i, -1).transpose(0, 2, 1).reshape(o, -1)
+
+
+def gathered_convolution(x, weight, geometry):
     """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
 
-    x (N, H, W, I), weight (O, K * I) -> (N * H_out * W_out, O)
+    x (N, H, W, I) or (N, L, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
-    n, h, w, i = x.shape
-    positions = out_size[0] * out_size[1]
-    step = -(-positions // blocks(n * positions * weight.shape[1]))
-    x = ops.cat((x.reshape(n, h * w, i), ops.zeros((n, 1, i), x.dtype)), 1)
-    parts = ()
-    for begin in range(0, positions, step):
-        end = min(begin + step, positions)
-        rows = tap_rows((h, w), out_size, kernel, stride, dilation, padding, scale, loop, begin, end)
-        if begin > 0:
-            rows = ops.Depend()(rows, parts[-1])  # one block after the other, so that they share memory
-        taps = ops.gather(x, rows, 1).reshape(n * (end - begin), -1)
-        parts = parts + (ops.MatMul(transpose_b=True)(taps, weight).reshape(n, end - begin, -1),)
-    y = parts[0] if len(parts) == 1 else ops.cat(parts, 1)
-    return y.reshape(n * positions, -1)
+    x, parts = with_zeros(x), ()
+    for rows in tap_rows(geometry, x.shape[1]):
+        taps = ops.gather(x, after(parts, rows), 0).reshape(-1, weight.shape[1])
+        parts = parts + (ops.MatMul(transpose_b=True)(taps, weight),)
+    return joined(parts)
 
 
-def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding, scale, loop):
-    """The same by the device's own convolution: x (N, H, W, I), weight (O, I, KH, KW) -> (N * H_out * W_out, O)."""
-    n, h, w, i = x.shape
+POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
+
+
+def toom_cook(outputs, taps):
+    """Matrices (A, G, B) for a correlation y of d with g in outputs + taps - 1 products: y = A ((G g) * (B d)).
+
+    Polynomials are evaluated at points, the last of them infinity, multiplied there, and interpolated; a correlation
+    is the transpose of that (Winograd, 1980). Points: Barabasz et al., 2018, arXiv 1803.10986.
+    """
+    points = np.array(POINTS[:outputs + taps - 2])
+    others = [np.delete(points, j) for j in range(len(points))]
+
+    def evaluation(size):
+        return np.vstack([np.vander(points, size, increasing=True), np.eye(size)[-1:]])
+
+    interpolation = [*(np.append(np.poly(other)[::-1], 0) for other in others), np.atleast_1d(np.poly(points))[::-1]]
+    scale = [*(np.prod(point - other) for point, other in zip(points, others)), 1]  # in G, so that B is exact
+    return evaluation(outputs).T, evaluation(taps) / np.array(scale)[:, None], np.array(interpolation)
+
+
+def fast_filter(kernel, outputs):
+    """`toom_cook`'s matrices for one axis of a convolution. A kernel of more than 4 taps has 8 outputs, whatever is asked.
+
+    That one is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
+    """
+    if kernel <= 4:
+        return toom_cook(outputs if kernel > 1 else 1, kernel)
+    outer, inner = toom_cook(2, -(-kernel // 4)), toom_cook(4, 4)
+    a, g, b = (np.kron(x, y) for x, y in zip(outer, inner))
+    part, place = np.divmod(np.arange(b.shape[1]), 7)
+    return a, g[:, :kernel], (b @ np.eye(kernel + 16)[4 * part + place])[:, :kernel + 7]
+
+
+def fast_filters(kernel, products):
+    """`fast_filter` for height and width of a kernel that takes so many products a tile, with 2 or 4 outputs."""
+    for outputs in (2, 4):
+        (a_h, g_h, b_h), (a_w, g_w, b_w) = (fast_filter(taps, outputs) for taps in kernel)
+        if len(g_h) * len(g_w) == products:
+            return (a_h, b_h), (a_w, b_w)
+
+
+@constexpr
+def fast_weight_transform(shape, outputs):
+    """G of both axes at once (products, K), float32, and the shapes before and after it."""
+    o, i, *kernel = shape
+    g = np.kron(*(fast_filter(taps, outputs)[1] for taps in kernel)).astype(np.float32)
+    return Tensor(g), (o * i, -1), (len(g), o, i)
+
+
+def fast_weight(weight, outputs):
+    """weight (O, I, KH, KW) as `fast_convolution` takes it, (products, O, I), for `outputs` along each axis of a tile."""
+    g, taps, laid_out = fast_weight_transform(weight.shape, outputs)
+    return ops.MatMul(transpose_b=True)(g, weight.reshape(taps)).reshape(laid_out)
+
+
+@constexpr
+def tile_rows(geometry, weight_shape):
+    """For each block of tiles, what they read and where their outputs are, both int32.
+
+    The row of the flattened input at each place of each tile, (inputs * tiles,), as in `tap_rows`; and for each
+    position of the flattened output, in order, its row among (outputs * tiles). The places of a tile are `dilation`
+    apart, and as many tiles lie one between the other.
+    """
+    n, size, out_size, kernel, _, dilation, padding, *_ = geometry
+    transforms = fast_filters(kernel, weight_shape[0])
+
+    def along(axis, tile):
+        (outputs, _), inputs = (x.shape for x in transforms[axis])
+        step = dilation[axis]
+        origin = tile // step * step * outputs + tile % step
+        read = origin + step * np.arange(inputs[1])[:, None] - padding[axis]
+        return *read_along(axis, read, geometry), origin + step * np.arange(outputs)[:, None]
+
+    rows, columns = (-(-out_size[axis] // (dilation[axis] * len(transforms[axis][0]))) * dilation[axis] for axis in (0, 1))
+    x, x_inside, x_out = along(1, np.arange(columns))
+    groups = n * rows // dilation[0]
+    step = -(-groups // blocks(n * rows * columns * weight_shape[0] * max(weight_shape[1:])))
+    result = ()
+    for begin in range(0, groups, step):
+        image, tile = np.divmod(np.arange(begin * dilation[0], min(begin + step, groups) * dilation[0]), rows)
+        y, y_inside, y_out = along(0, tile)
+        read = np.where(y_inside[:, None, :, None] & x_inside[:, None],
+                        ((image * size[0] + y) * size[1])[:, None, :, None] + x[:, None], n * math.prod(size))
+        written = ((image * out_size[0] + y_out) * out_size[1])[:, None, :, None] + x_out[:, None]
+        inside = np.flatnonzero((y_out < out_size[0])[:, None, :, None] & (x_out < out_size[1])[:, None])
+        order = np.empty_like(inside)
+        order[written.reshape(-1)[inside] - written.min()] = inside
+        result += (int_tensor(read), int_tensor(order)),
+    return result
+
+
+@constexpr
+def fast_transforms(geometry, weight_shape):
+    """B (products, inputs) and A (outputs, products) for flattened tiles, float32, and the shapes between the steps."""
+    (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
+    a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
+    shapes = (b.shape[1], -1), (products, -1, i), (products, -1), (-1, o)
+    return Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), shapes
+
+
+def fast_convolution(x, weight, geometry):
+    """The same, of stride 1, in two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
+
+    x (N, H, W, I) or (N, L, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
+    The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
+    is one matrix product for each of these; what comes out becomes the tile's outputs.
+    """
+    x, parts = with_zeros(x), ()
+    to_products, to_outputs, (inputs, deep, wide, outputs) = fast_transforms(geometry, weight.shape)
+    for read, order in tile_rows(geometry, weight.shape):
+        tiles = ops.MatMul()(to_products, ops.gather(x, after(parts, read), 0).reshape(inputs)).reshape(deep)
+        tiles = ops.BatchMatMul(transpose_b=True)(tiles, weight).reshape(wide)
+        parts = parts + (ops.gather(ops.MatMul()(to_outputs, tiles).reshape(outputs), order, 0),)
+    return joined(parts)
+
+
+def native_convolution(x, weight, geometry):
+    """The same by the device's own convolution: weight (O, I, KH, KW)."""
+    n, (h, w), out_size, kernel, stride, dilation, padding, scale, loop = geometry
+    i = weight.shape[1]
+    x = x.reshape(n, h, w, i)
     if scale > 1:
         x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
         h, w = out_size
@@ -101,12 +292,38 @@ def native_convolution(x, weight, out_size, *, kernel, stride, dilation, padding
     return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
 
 
-def convolution(x, weight, out_size, *, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), scale=1,
-                loop=False):
-    """The weight's layout, chosen for the device when it was loaded, says which of the two ways computes it."""
-    way = gathered_convolution if weight.ndim == 2 else native_convolution
-    return way(x, weight, out_size, kernel=kernel, stride=stride, dilation=dilation, padding=padding, scale=scale,
-               loop=loop)
+@constexpr
+def device():
+    return mindspore.get_context("device_target")
+
+
+@constexpr
+def products_are_exact():
+    """Whether a CPU multiplies float32 numbers as they are.
+
+    Asked for bfloat16 (weights.py: `tensor_dtype`), oneDNN rounds them if the processor has AMX. That is too coarse for
+    `fast_convolution`, whose sums cancel.
+    """
+    asked = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("STRICT", "F32")
+    cpu = pathlib.Path("/proc/cpuinfo")
+    return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
+
+
+def convolution(x, weight, geometry):
+    """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N * H_out * W_out, O).
+
+    weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for many calls.
+    """
+    if weight.ndim == 3:
+        return fast_convolution(x, weight, geometry)
+    if weight.ndim == 2:
+        return gathered_convolution(x, weight, geometry)
+    if device() != "CPU":
+        return native_convolution(x, weight, geometry)
+    if weight.dtype == float32 and geometry[4] == (1, 1) and products_are_exact():
+        weight = ops.Depend()(weight, x)  # not before x is there, or all weights of a graph would be in memory at once
+        return fast_convolution(x, fast_weight(weight, 4), geometry)
+    return gathered_convolution(x, gathered_weight(weight), geometry)
 
 
 def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
@@ -116,71 +333,71 @@ def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     diffusers' Upsample2D with its `output_size`. With `loop` the padding in time is the other end of the image, which
     `stride` must divide.
     """
-    n, h, w, _ = x.shape
-    out_size = ((h - 1) // stride + 1, (w - 1) // stride + 1) if upsample_to is None else upsample_to
-    y = convolution(x, weight, out_size, kernel=(3, 3), stride=(stride, stride), padding=(1, 1),
-                    scale=1 if upsample_to is None else 2, loop=loop)
-    return ops.bias_add(y, bias).reshape(n, out_size[0], out_size[1], -1)
+    geometry = geometry2d(x.shape, stride, upsample_to, loop)
+    return ops.bias_add(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
 
 
 def conv1d(x, weight, bias, *, kernel, dilation=1):
     """x (N, L, I) -> (N, L, O), zero-padded to keep its length; `kernel` is odd."""
-    n, l, i = x.shape
-    y = convolution(x.reshape(n, l, 1, i), weight, (l, 1), kernel=(kernel, 1), dilation=(dilation, 1),
-                    padding=(dilation * (kernel - 1) // 2, 0))
-    return ops.bias_add(y, bias).reshape(n, l, -1)
+    geometry, weight = geometry1d(x.shape, kernel, dilation), ops.expand_dims(weight, -1)
+    return ops.bias_add(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
 
 
-def polyphase(kernel, stride):
-    """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
+@constexpr
+def polyphase_taps(kernel, stride):
+    """Which tap of a transposed convolution each phase of the plain one has where, (phases * taps,); `kernel` is none."""
+    first, taps = polyphase(kernel, stride)
+    k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
+    return int_tensor(np.where((k >= 0) & (k < kernel), k, kernel))
 
-    Position t = stride * q + phase sums the inputs i whose tap k = t + padding - stride * i lies in [0, kernel), with
-    HiFi-GAN's padding (kernel - stride) // 2.
-    """
-    padding = (kernel - stride) // 2
-    first = (kernel - 1 - padding) // stride
-    return first, first + 1 + (stride - 1 + padding) // stride
+
+def polyphase_weight(weight, kernel, stride):
+    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
+    i, o, _ = weight.shape
+    taps = ops.gather(ops.cat((weight, ops.zeros((i, o, 1), weight.dtype)), 2), polyphase_taps(kernel, stride), 2)
+    return taps.reshape(i, o, stride, -1).transpose(2, 1, 0, 3).reshape(stride * o, i, -1, 1)
 
 
 def conv_transpose1d(x, weight, bias, *, kernel, stride):
-    """x (N, L, I) -> (N, (L - 1) * stride - 2 * ((kernel - stride) // 2) + kernel, O).
+    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, transposed_length, O).
 
-    torch's ConvTranspose1d as a plain convolution with one set of output channels for each of the `stride` phases
-    (weights.py: `polyphase_weight`), so that no device needs a transposed one.
+    As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
+    transposed one.
     """
-    n, l, i = x.shape
-    first, taps = polyphase(kernel, stride)
-    length = (l - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
-    rows = (length - 1) // stride + 1
-    y = convolution(x.reshape(n, l, 1, i), weight, (rows, 1), kernel=(taps, 1), padding=(first, 0))
-    y = ops.bias_add(y.reshape(n * rows * stride, -1), bias).reshape(n, rows * stride, -1)
+    geometry = geometry_transposed1d(x.shape, kernel, stride)
+    n, rows, length = x.shape[0], geometry[2][0], transposed_length(x.shape[1], kernel, stride)
+    y = convolution(x, polyphase_weight(weight, kernel, stride), geometry).reshape(n * rows * stride, -1)
+    y = ops.bias_add(y, bias).reshape(n, rows * stride, -1)
     return y[:, :length] if length < rows * stride else y
 
 
 @constexpr
-def averages(n, positions, channels, groups):
-    """What averages positions, (N, 1, H * W), and the channels of each group, (C, C), as float32 matrices."""
-    same_group = np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels))
-    return Tensor(np.full((n, 1, positions), 1 / positions, np.float32)), Tensor(same_group.astype(np.float32))
+def over_positions(shape):
+    """Of images (N, ..., C): what averages all positions of each, (N, 1, positions), and what repeats a row at each."""
+    n, *size, _ = shape
+    positions = math.prod(size)
+    return Tensor(np.full((n, 1, positions), 1 / positions, np.float32)), Tensor(np.ones((n, positions, 1), np.float32))
+
+
+@constexpr
+def over_group(channels, groups):
+    """What averages the channels of each group, (C, C)."""
+    return Tensor(np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels)).astype(np.float32))
 
 
 def group_norm(x, weight, bias, *, groups, eps):
     """x (N, H, W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
 
-    Averages are matrix products: the fast way on a CPU with channels last.
+    Averages and repetitions are matrix products: the fast way on a CPU with channels last.
     """
-    n, h, w, c = x.shape
-    rows = x.reshape(n, h * w, c).astype(float32)
-    over_positions, over_group = averages(n, h * w, c, groups)
-    mean = ops.MatMul()(ops.BatchMatMul()(over_positions, rows).reshape(n, c), over_group)
-    if n == 1:
-        rows = ops.bias_add(rows.reshape(-1, c), -mean.reshape(c)).reshape(rows.shape)  # faster than `stretched`
-    else:
-        rows = rows - stretched(mean.reshape(n, 1, c), rows.shape)
-    variance = ops.MatMul()(ops.BatchMatMul()(over_positions, rows * rows).reshape(n, c), over_group)
-    scale = weight * ops.rsqrt(variance + eps)
-    rows = (rows * stretched(scale.reshape(n, 1, c), rows.shape)).reshape(-1, c).astype(x.dtype)
-    return ops.bias_add(rows, bias).reshape(n, h, w, c)
+    n, c = x.shape[0], x.shape[-1]
+    (average, repeat), group = over_positions(x.shape), over_group(c, groups)
+    rows = x.reshape(n, -1, c).astype(float32)
+    mean = ops.MatMul()(ops.BatchMatMul()(average, rows).reshape(n, c), group)
+    rows = rows - ops.BatchMatMul()(repeat, mean.reshape(n, 1, c))
+    variance = ops.MatMul()(ops.BatchMatMul()(average, rows * rows).reshape(n, c), group)
+    rows = rows * ops.BatchMatMul()(repeat, (weight * ops.rsqrt(variance + eps)).reshape(n, 1, c))
+    return ops.bias_add(rows.reshape(-1, c).astype(x.dtype), bias).reshape(x.shape)
 
 
 def layer_norm(x, weight, bias, *, eps):
@@ -196,11 +413,6 @@ def gelu(x):
 def tanh(x):
     """Elementwise, by the sigmoid: MindSpore's own tanh is off by up to 1e-4 on a CPU, and passes 1."""
     return ops.sigmoid(x * 2) * 2 - 1
-
-
-def leaky_relu(x, slope):
-    """x where it is positive, x * slope (0 to 1) elsewhere."""
-    return ops.maximum(x, x * slope)
 
 
 def attend(q, k, v, bias, *, heads):
@@ -277,7 +489,8 @@ def resnet(x, embedding, p, *, groups, eps, loop=False):
     """
     y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"], loop=loop)
     if embedding is not None:
-        y = y + stretched(linear(embedding, **p["time_emb_proj"]).reshape(y.shape[0], 1, 1, -1), y.shape)
+        (_, repeat), embedding = over_positions(y.shape), linear(embedding, **p["time_emb_proj"])
+        y = y + ops.BatchMatMul()(repeat.astype(y.dtype), ops.expand_dims(embedding, 1)).reshape(y.shape)
     y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"], loop=loop)
     if "conv_shortcut" in p:
         x = linear(x, **p["conv_shortcut"])
@@ -332,7 +545,7 @@ def swin_block(x, p, *, size, window, shift, heads, eps):
     y = ops.gather(layer_norm(x, **p["layernorm_before"], eps=eps), rows, 1).reshape(-1, window * window, c)
     shape = (n, l // window ** 2, heads, window ** 2, window ** 2)
     bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
-    bias = stretched(bias.reshape(1, 1, *shape[2:]), shape) + stretched(parting, shape)
+    bias = ops.broadcast_to(bias.reshape(1, 1, *shape[2:]), shape) + ops.broadcast_to(parting, shape)
     y = bert_attention(y, bias.reshape(-1, *shape[2:]), p["attention"], heads=heads)
     x = x + ops.gather(y.reshape(n, l, c), inverse, 1)
     y = gelu(linear(layer_norm(x, **p["layernorm_after"], eps=eps), **p["intermediate"]["dense"]))
@@ -349,6 +562,6 @@ def patch_merging(x, p, *, size):
 def hifigan_block(x, p, *, kernel, dilations, slope):
     """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
     for i in range(len(dilations)):
-        y = conv1d(leaky_relu(x, slope), **p["convs1." + str(i)], kernel=kernel, dilation=dilations[i])
-        x = x + conv1d(leaky_relu(y, slope), **p["convs2." + str(i)], kernel=kernel)
+        y = conv1d(ops.leaky_relu(x, slope), **p["convs1." + str(i)], kernel=kernel, dilation=dilations[i])
+        x = x + conv1d(ops.leaky_relu(y, slope), **p["convs2." + str(i)], kernel=kernel)
     return x

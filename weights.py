@@ -1,9 +1,9 @@
 """Checkpoints: a folder in diffusers' layout becomes a configuration and a tree of MindSpore tensors, and back.
 
-Everything odd about a checkpoint ends here: dtypes, shards, weight norm, buffers, and the layout that layers.py
-computes with. The models in musicldm.py see only nested dicts under the checkpoint's own names: the path to a tensor,
-joined by dots, is its name in the file. A number stays with the word before it (`params["unet"]["down_blocks.0"]`,
-`"net.0.proj"`), because a MindSpore graph takes dicts at most six deep.
+Everything odd about a checkpoint ends here: dtypes, shards, weight norm and buffers. The models in musicldm.py see
+only nested dicts under the checkpoint's own names, and tensors in its shapes: the path to one, joined by dots, is its
+name in the file. A number stays with the word before it (`params["unet"]["down_blocks.0"]`, `"net.0.proj"`), because
+a MindSpore graph takes dicts at most six deep.
 """
 import json
 import math
@@ -222,13 +222,14 @@ def byte_characters():
 
 
 def load_vocabulary(cfg):
-    """({token: id}, {pair: rank}) of the checkpoint; for random weights the bytes alone."""
+    """({token: id}, {"a b": rank of joining a and b}) of the checkpoint; for random weights the bytes alone."""
     if cfg["weights"] == RANDOM:
         return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
     vocab_path, merges_path = (pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES)
     vocab = read_json(vocab_path)
     size = cfg["text_encoder"]["text_config"]["vocab_size"]
-    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < size for i in vocab.values()):
+    if not isinstance(vocab, dict) or not ({*map(type, vocab.values())} == {int}
+                                        and 0 <= min(vocab.values()) and max(vocab.values()) < size):
         raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
@@ -237,14 +238,13 @@ def load_vocabulary(cfg):
         lines = merges_path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"weights: cannot read {merges_path}: {one_line(error)}") from None
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    return vocab, {pair: rank for rank, pair in enumerate(pairs)}
+    return vocab, {line: rank for rank, line in enumerate(line for line in lines if line and line[:8] != "#version")}
 
 
 def vocabulary_files(cfg):
     """What TOKENIZER_FILES hold of `load_vocabulary`."""
     vocab, ranks = load_vocabulary(cfg)
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in sorted(ranks, key=ranks.get)), ""]
+    merges = ["#version: 0.2", *sorted(ranks, key=ranks.get), ""]
     return json.dumps(vocab, ensure_ascii=False), "\n".join(merges)
 
 
@@ -526,64 +526,12 @@ def fold_weight_norm(g, v):
 
 
 def read_parameter(name, stored, sources):
-    """One parameter, float32, in the file's layout."""
+    """One parameter, float32."""
     arrays = [as_float32(stored[source]) for source in sources[name]]
     return arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
 
 
-# ------------------------------------------------------------------------------------------------------------- layout
-
-def phases_and_taps(kernel, stride):
-    """Where each of a transposed convolution's taps goes in the plain one: layers.conv_transpose1d."""
-    first, _ = layers.polyphase(kernel, stride)
-    k = np.arange(kernel) - (kernel - stride) // 2
-    return k % stride, first - k // stride
-
-
-def polyphase_weight(weight, stride):
-    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps)."""
-    i, o, kernel = weight.shape
-    phase, tap = phases_and_taps(kernel, stride)
-    phases = np.zeros((stride, o, i, layers.polyphase(kernel, stride)[1]), weight.dtype)
-    phases[phase, :, :, tap] = weight.T
-    return phases.reshape(stride * o, i, -1)
-
-
-def transposed_weight(weight, stride, kernel):
-    """The inverse of `polyphase_weight`."""
-    phase, tap = phases_and_taps(kernel, stride)
-    return weight.reshape(stride, -1, *weight.shape[1:])[phase, :, :, tap].T
-
-
-def lay_out(name, weight, cfg, native):
-    """A parameter as its file has it -> as layers.py computes with it.
-
-    A convolution (O, I, KH, KW) or (O, I, K) becomes (O, I, KH, KW) where the device's own convolution is `native`,
-    (O, K * I) where it is gathered, and (O, I) with one tap. The rest, and the unused VAE encoder, stay as they are.
-    """
-    if name.startswith("encoder."):
-        return weight
-    if name.startswith("upsampler.") and weight.ndim == 3:
-        weight = polyphase_weight(weight, cfg["vocoder"]["upsample_rates"][int(name.split(".")[1])])
-    if weight.ndim < 3:
-        return weight
-    if math.prod(weight.shape[2:]) == 1:
-        return weight.reshape(weight.shape[:2])
-    if native:
-        return weight.reshape(weight.shape + (1,) * (4 - weight.ndim))
-    return weight.reshape(*weight.shape[:2], -1).transpose(0, 2, 1).reshape(weight.shape[0], -1)
-
-
-def lay_back(name, weight, shape, cfg):
-    """The inverse of `lay_out`, on either device, for a parameter that has `shape` in its file."""
-    if name.startswith("upsampler.") and len(shape) == 3:
-        stride = cfg["vocoder"]["upsample_rates"][int(name.split(".")[1])]
-        phases = (stride * shape[1], shape[0], layers.polyphase(shape[2], stride)[1])
-        return transposed_weight(lay_back("", weight, phases, cfg), stride, shape[2])
-    if weight.ndim < len(shape):
-        weight = weight.reshape(shape[0], -1, shape[1]).transpose(0, 2, 1)
-    return weight.reshape(shape)
-
+# --------------------------------------------------------------------------------------------------------------- tree
 
 def nest(flat):
     """{"a.0.b.weight": x} -> {"a.0": {"b": {"weight": x}}}."""
@@ -645,7 +593,7 @@ def tensor_dtype(cfg):
 
 
 def parameter(array, cfg):
-    """A laid-out array as a Tensor of the dtype that cfg computes in."""
+    """An array as a Tensor of the dtype that cfg computes in."""
     tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
     dtype = tensor_dtype(cfg)
     return tensor if dtype == tensor.dtype else tensor.astype(dtype)
@@ -653,9 +601,9 @@ def parameter(array, cfg):
 
 def random_params(cfg, seed):
     """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
-    native, rng = use_device(cfg) != "CPU", np.random.default_rng(seed)
-    return {model: nest({name: parameter(lay_out(name, array, cfg, native), cfg)
-                         for name, array in random_arrays(shapes, rng)})
+    use_device(cfg)
+    rng = np.random.default_rng(seed)
+    return {model: nest({name: parameter(array, cfg) for name, array in random_arrays(shapes, rng)})
             for model, shapes in param_shapes(cfg).items()}
 
 
@@ -669,14 +617,15 @@ def load_params(cfg):
     """
     if cfg["weights"] == RANDOM:
         return random_params(cfg, seed=0)
-    checked, native, params, broken = check_weights(cfg), use_device(cfg) != "CPU", {}, []
+    use_device(cfg)
+    checked, params, broken = check_weights(cfg), {}, []
     with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
         for model, (stored, mappings, sources) in checked.items():
             def load(name):
                 array = read_parameter(name, stored, sources)
                 if not np.isfinite(array).all():
                     broken.append(f"{pathlib.Path(cfg['weights']) / model}: {name}")
-                return np.asarray(lay_out(name, array, cfg, native), order="C")
+                return array
 
             arrays = pool.map(load, sources)
             # not in the pool: MindSpore sometimes dies when several threads convert a dtype
@@ -733,18 +682,16 @@ def clap_buffers(cfg):
 
 def checked_arrays(cfg, params, dtype):
     """{model: {name: array of `dtype`}} as files hold them; an InputError tells all that is wrong with the tree."""
-    native, shapes = use_device(cfg) != "CPU", param_shapes(cfg)
-    laid_out = {f"{model}.{name}": lay_out(name, np.broadcast_to(np.int8(0), shape), cfg, native).shape
-                for model in shapes for name, shape in shapes[model].items()}
+    shapes = param_shapes(cfg)
+    expected = {f"{model}.{name}": shape for model in shapes for name, shape in shapes[model].items()}
     flat = {name: x if isinstance(x, Tensor) and x.is_floating_point()
             else f"{type(x).__name__} {getattr(x, 'dtype', '')}".strip() for name, x in flatten(params).items()}
-    problem = mismatch(laid_out, flat, "params")
+    problem = mismatch(expected, flat, "params")
     if problem:
         raise InputError(problem)
     with np.errstate(over="ignore"):  # told below
-        arrays = {model: {name: lay_back(name, flat[f"{model}.{name}"].asnumpy(), shape, cfg)
-                          .astype(dtype, order="C", copy=False) for name, shape in shapes[model].items()}
-                  for model in shapes}
+        arrays = {model: {name: flat[f"{model}.{name}"].asnumpy().astype(dtype, order="C", copy=False)
+                          for name in shapes[model]} for model in shapes}
     broken = [f"{model}.{name}" for model in arrays for name, x in arrays[model].items() if not np.isfinite(x).all()]
     if broken:
         raise InputError(f"params: NaN or Inf in {dtype}: {', '.join(broken)}")

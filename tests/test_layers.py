@@ -10,7 +10,6 @@ from mindspore import Tensor, ops
 from scipy import signal, special
 
 import layers
-import weights
 
 RNG = np.random.default_rng(0)
 
@@ -19,8 +18,21 @@ def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def laid_out(weight, native):
-    return Tensor(np.ascontiguousarray(weights.lay_out("conv.weight", weight, {}, native)))
+WAYS = {"gathered": 1e-6, "fast 2": 1e-6, "fast 4": 1e-5, "native": 1e-6}  # and how far they may be from SciPy
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Convolutions go this way, but that one with a stride is never "fast"."""
+    fast_weight = layers.fast_weight
+    if request.param == "native":
+        monkeypatch.setattr(layers, "device", lambda: "Ascend")
+    if request.param == "gathered":
+        monkeypatch.setattr(layers, "fast_convolution", layers.gathered_convolution)
+        monkeypatch.setattr(layers, "fast_weight", lambda weight, outputs: layers.gathered_weight(weight))
+    if request.param == "fast 2":
+        monkeypatch.setattr(layers, "fast_weight", lambda weight, outputs: fast_weight(weight, 2))
+    return request.param
 
 
 def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
@@ -34,7 +46,6 @@ def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     return y.transpose(0, 2, 3, 1)[:, ::stride, ::stride] + bias
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["gathered", "native"])
 @pytest.mark.parametrize("size, options", [
     ((5, 4), {}), ((1, 1), {}), ((5, 4), {"stride": 2}), ((6, 2), {"stride": 2}), ((3, 1), {"stride": 2}),
     ((3, 2), {"upsample_to": (6, 4)}), ((3, 2), {"upsample_to": (5, 4)}), ((3, 2), {"upsample_to": (5, 3)}),
@@ -42,51 +53,80 @@ def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     ((2, 1), {"loop": True, "stride": 2}), ((3, 2), {"loop": True, "upsample_to": (6, 4)}),
     ((1, 2), {"loop": True, "upsample_to": (2, 3)}),
 ])
-def test_conv2d(size, options, native):
+def test_conv2d(size, options, way):
     x, weight, bias = normal(2, *size, 3), normal(5, 3, 3, 3), normal(5)
-    y = layers.conv2d(Tensor(x), laid_out(weight, native), Tensor(bias), **options)
-    assert relative_error(y.asnumpy(), correlate2d(x, weight, bias, **options)) < 1e-6
+    y = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options)
+    assert relative_error(y.asnumpy(), correlate2d(x, weight, bias, **options)) < WAYS[way]
 
 
-@pytest.mark.parametrize("block", [1, 60, 500])
+@pytest.mark.parametrize("mode, flags, exact", [
+    ("BF16", "avx512_bf16 amx_bf16", False), ("bf16", "amx_bf16", False), ("BF16", "avx512_bf16", True),
+    ("STRICT", "amx_bf16", True), (None, "amx_bf16", True), ("BF16", None, True)])
+def test_products_in_bfloat16_are_not_for_the_fast_way(mode, flags, exact, monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if flags:
+        path.write_text(f"flags : fpu {flags} xsave\n")
+    monkeypatch.setattr(layers.pathlib, "Path", lambda name: path)
+    monkeypatch.delenv("ONEDNN_DEFAULT_FPMATH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
+    monkeypatch.setattr(layers, "fast_convolution", None)
+    x, weight, bias = Tensor(normal(1, 4, 4, 3)), Tensor(normal(5, 3, 3, 3)), Tensor(normal(5))
+    if exact:
+        with pytest.raises(TypeError):
+            layers.conv2d(x, weight, bias)
+    else:
+        assert relative_error(layers.conv2d(x, weight, bias).asnumpy(),
+                              correlate2d(x.asnumpy(), weight.asnumpy(), bias.asnumpy())) < 1e-6
+
+
+@pytest.mark.parametrize("kernel, outputs, products", [(1, 4, 1), (3, 2, 4), (3, 4, 6), (4, 4, 7), (5, 4, 21), (7, 4, 21),
+                                                       (8, 4, 21), (9, 4, 28), (11, 4, 28), (16, 4, 35)])
+def test_fast_filters_correlate(kernel, outputs, products):
+    a, g, b = layers.fast_filter(kernel, outputs)
+    assert len(g) == len(b) == a.shape[1] == products and products <= len(a) * kernel
+    filtered, signal_ = RNG.standard_normal(kernel), RNG.standard_normal(len(a) + kernel - 1)
+    assert np.allclose(a @ ((g @ filtered) * (b @ signal_)), np.correlate(signal_, filtered, "valid"), atol=1e-13)
+    assert all(np.array_equal(x, x.astype(np.float32)) for x in (a, b))  # so that every machine has the same
+
+
+@pytest.mark.parametrize("block", [1, 300, 2000])
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("options", [{"stride": 2}, {"upsample_to": (13, 5)}, {"loop": True}])
-def test_convolution_by_blocks(options, n, block, monkeypatch):
-    spans, tap_rows = [], layers.tap_rows
-    monkeypatch.setattr(layers, "BLOCK", block)
-    monkeypatch.setattr(layers, "tap_rows", lambda *given: spans.append(given[-1] - given[-2]) or tap_rows(*given))
+def test_convolution_by_blocks(options, way, n, block, monkeypatch):
     x, weight, bias = normal(n, 7, 3, 2), normal(4, 2, 3, 3), normal(4)
-    y = layers.conv2d(Tensor(x), laid_out(weight, False), Tensor(bias), **options)
-    assert relative_error(y.asnumpy(), correlate2d(x, weight, bias, **options)) < 1e-6
-    assert max(spans) <= max(1, -(-block // (n * 18))) and len(spans) > 1 or n * y[0, ..., 0].size * 18 <= block
+    whole = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options).asnumpy()
+    sizes, gather = [], ops.gather
+    monkeypatch.setattr(layers, "BLOCK", block)
+    monkeypatch.setattr(layers.ops, "gather", lambda x, rows, axis: sizes.append(rows.size * 2) or gather(x, rows, axis))
+    y = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options).asnumpy()
+    assert relative_error(y, whole) < 1e-6 and relative_error(y, correlate2d(x, weight, bias, **options)) < WAYS[way]
+    assert max(sizes, default=0) <= block + 36 * 2 * 3  # a row of 3 tiles is not split
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["gathered", "native"])
 @pytest.mark.parametrize("kernel, dilation", [(3, 1), (7, 1), (3, 5), (11, 3)])
-def test_conv1d(kernel, dilation, native):
+def test_conv1d(kernel, dilation, way):
     x, weight, bias = normal(2, 13, 3), normal(5, 3, kernel), normal(5)
-    y = layers.conv1d(Tensor(x), laid_out(weight, native), Tensor(bias), kernel=kernel, dilation=dilation)
+    y = layers.conv1d(Tensor(x), Tensor(weight), Tensor(bias), kernel=kernel, dilation=dilation)
     spread = np.zeros((5, 3, dilation * (kernel - 1) + 1), np.float32)
     spread[..., ::dilation] = weight
     half = dilation * (kernel - 1) // 2
     padded = np.pad(x, ((0, 0), (half, half), (0, 0)))
     expected = np.stack([[sum(signal.correlate(clip[:, i], taps[i], mode="valid") for i in range(3)) for taps in spread]
                          for clip in padded]).transpose(0, 2, 1) + bias
-    assert relative_error(y.asnumpy(), expected) < 1e-6
+    assert relative_error(y.asnumpy(), expected) < WAYS[way]
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["gathered", "native"])
 @pytest.mark.parametrize("kernel, stride", [(16, 5), (16, 4), (8, 2), (4, 2), (16, 8), (3, 1), (5, 3)])
-def test_conv_transpose1d(kernel, stride, native):
+def test_conv_transpose1d(kernel, stride, way):
     x, weight, bias = normal(2, 7, 3), normal(3, 4, kernel), normal(4)
-    laid = weights.lay_out("upsampler.0.weight", weight, {"vocoder": {"upsample_rates": [stride]}}, native)
-    y = layers.conv_transpose1d(Tensor(x), Tensor(np.ascontiguousarray(laid)), Tensor(bias), kernel=kernel, stride=stride)
+    y = layers.conv_transpose1d(Tensor(x), Tensor(weight), Tensor(bias), kernel=kernel, stride=stride)
     spread = np.zeros((2, 6 * stride + 1, 3))
     spread[:, ::stride] = x
     padding = (kernel - stride) // 2
     full = np.stack([[sum(np.convolve(clip[:, i], weight[i, o]) for i in range(3)) for o in range(4)] for clip in spread])
     expected = full[:, :, padding:full.shape[2] - padding].transpose(0, 2, 1) + bias
-    assert relative_error(y.asnumpy(), expected) < 1e-6
+    assert relative_error(y.asnumpy(), expected) < WAYS[way]
 
 
 def test_linear():
@@ -120,10 +160,6 @@ def test_layer_norm():
 def test_gelu_is_exact():
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     assert np.abs(layers.gelu(Tensor(x)).asnumpy() - x * special.ndtr(x.astype(np.float64))).max() < 1e-6
-
-
-def test_leaky_relu():
-    assert np.allclose(layers.leaky_relu(Tensor(np.float32([-2, 0, 3])), 0.1).asnumpy(), [-0.2, 0, 3])
 
 
 def test_tanh():

@@ -191,10 +191,21 @@ def test_a_loop_of_one_moment_never_changes_not_even_where_it_joins(params):
     audio = musicldm.generate(golden_config(), "a", params, audio_length_in_s=0.96, num_inference_steps=2, loop=True,
                               latents=latents)
     frames = audio.reshape(96, 160)
-    assert relative_error(frames, np.tile(frames[48], (96, 1))) < 2e-4 and np.abs(np.diff(frames)).max() > 0.1
+    # frames lie in different places of the convolutions' tiles, which this saturated vocoder's gain shows
+    assert relative_error(frames, np.tile(frames[48], (96, 1))) < 1e-3 and np.abs(np.diff(frames)).max() > 0.1
     unlooped = musicldm.vocode(golden_config(), params, np.ones((1, 32, 16), np.float32))
     frames = unlooped[0, :32 * 160].reshape(32, 160)
     assert np.abs(frames[0] - frames[16]).max() > 1e-2
+
+
+def test_a_prepared_unet_gives_the_same_and_is_not_saved(params, tmp_path):
+    cfg, options = golden_config(), {"num_inference_steps": 2, "audio_length_in_s": 0.32, "output_type": "latent"}
+    prepared = {**params, "unet": musicldm.prepared(cfg, params["unet"])}
+    twice = {**params, "unet": musicldm.prepared(cfg, prepared["unet"])}
+    results = [musicldm.generate(cfg, "a", tree, **options) for tree in (params, prepared, twice)]
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    with pytest.raises(InputError, match=r"wrong shape: .*unet.conv_in.weight \(\d+, 12, 8\) instead of \(12, 8, 3, 3\)"):
+        weights.save_params(cfg, prepared, tmp_path / "saved")
 
 
 def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
@@ -202,9 +213,9 @@ def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
     wholes = [musicldm.vocode(cfg, params, mel, loop) for loop in (False, True)]
     assert [whole.shape for whole in wholes] == [(2, 32 * 160 + 32), (2, 32 * 160)]
     shifted = musicldm.vocode(cfg, params, np.roll(mel, 7, 1), loop=True)
-    assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < 1e-6
+    assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < 1e-4
     for loop in (False, True):  # two windows, and six
-        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < 1e-6
+        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < 1e-4
     monkeypatch.setattr(musicldm, "hifigan_reach", lambda vocoder: 7)
     assert relative_error(musicldm.vocode(cfg, params, mel, window=31), wholes[0]) > 1e-3
 
@@ -213,7 +224,8 @@ def test_no_sample_depends_on_frames_out_of_reach(params):
     cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
     changed = mel.copy()
     changed[:, 16] += 5
-    frames = np.flatnonzero(musicldm.vocode(cfg, params, changed)[0] != musicldm.vocode(cfg, params, mel)[0]) // 160
+    change = np.abs(musicldm.vocode(cfg, params, changed)[0] - musicldm.vocode(cfg, params, mel)[0])
+    frames = np.flatnonzero(change > 2e-4) // 160  # what shares a tile with a changed one may be rounded otherwise
     assert 8 < max(16 - frames[0], frames[-1] - 16) <= musicldm.hifigan_reach(cfg["vocoder"]) <= 12
 
 

@@ -207,12 +207,6 @@ def test_a_hub_id_is_fetched_by_huggingface_hub(monkeypatch):
         musicldm.load_config(musicldm.DEFAULT_CONFIG, "a/b")
 
 
-def test_native_layout_is_the_files_own():
-    weight = np.arange(2 * 3 * 3 * 3, dtype=np.float32).reshape(2, 3, 3, 3)
-    assert np.array_equal(weights.lay_out("conv1.weight", weight, {}, native=True), weight)
-    assert weights.lay_out("conv_pre.weight", weight[0], {}, native=True).shape == (3, 3, 3, 1)
-
-
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-2), ("bfloat16", 5e-2)])
 def test_half_precision(params, dtype, tolerance):
     """bfloat16 on a CPU is float32 unless the processor has AMX: the bound is for the case that it has."""
