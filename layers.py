@@ -29,7 +29,7 @@ def as_rows(shape):
 
 
 def linear(x, weight, bias=None):
-    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution (O, I, 1, 1), as channels are last."""
+    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, (O, I, 1, 1): channels are last."""
     if weight.ndim > 2:
         weight = weight.reshape(weight.shape[0], -1)
     rows = x.reshape(-1, x.shape[-1])
@@ -82,7 +82,8 @@ def geometry_transposed1d(shape, kernel, stride):
     """For `conv_transpose1d`: an output position holds `stride` samples."""
     n, l, _ = shape
     first, taps = polyphase(kernel, stride)
-    return n, (l, 1), (-(-transposed_length(l, kernel, stride) // stride), 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
+    length = -(-transposed_length(l, kernel, stride) // stride)
+    return n, (l, 1), (length, 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
 
 
 @constexpr
@@ -116,8 +117,8 @@ def tap_rows(geometry, channels):
     for begin in range(0, positions, step):
         image, *place = np.unravel_index(np.arange(begin, min(begin + step, positions)), (n, *out_size))
         (y, y_inside), (x, x_inside) = (
-            read_along(axis, place[axis][:, None] * stride[axis] - padding[axis] + np.arange(kernel[axis]) * dilation[axis],
-                       geometry) for axis in (0, 1))
+            read_along(axis, place[axis][:, None] * stride[axis] - padding[axis]
+                       + np.arange(kernel[axis]) * dilation[axis], geometry) for axis in (0, 1))
         rows = (image[:, None, None] * size[0] + y[:, :, None]) * size[1] + x[:, None]
         result += int_tensor(np.where(y_inside[:, :, None] & x_inside[:, None], rows, n * math.prod(size))),
     return result
@@ -177,9 +178,9 @@ def toom_cook(outputs, taps):
 
 
 def fast_filter(kernel, outputs):
-    """`toom_cook`'s matrices for one axis of a convolution. A kernel of more than 4 taps has 8 outputs, whatever is asked.
+    """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 8 outputs, always.
 
-    That one is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
+    It is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
     """
     if kernel <= 4:
         return toom_cook(outputs if kernel > 1 else 1, kernel)
@@ -206,7 +207,7 @@ def fast_weight_transform(shape, outputs):
 
 
 def fast_weight(weight, outputs):
-    """weight (O, I, KH, KW) as `fast_convolution` takes it, (products, O, I), for `outputs` along each axis of a tile."""
+    """weight (O, I, KH, KW) as `fast_convolution` takes it, (products, O, I), for tiles of so many outputs an axis."""
     g, taps, laid_out = fast_weight_transform(weight.shape, outputs)
     return ops.MatMul(transpose_b=True)(g, weight.reshape(taps)).reshape(laid_out)
 
@@ -229,7 +230,8 @@ def tile_rows(geometry, weight_shape):
         read = origin + step * np.arange(inputs[1])[:, None] - padding[axis]
         return *read_along(axis, read, geometry), origin + step * np.arange(outputs)[:, None]
 
-    rows, columns = (-(-out_size[axis] // (dilation[axis] * len(transforms[axis][0]))) * dilation[axis] for axis in (0, 1))
+    rows, columns = (-(-out_size[axis] // (dilation[axis] * len(transforms[axis][0]))) * dilation[axis]
+                     for axis in (0, 1))
     x, x_inside, x_out = along(1, np.arange(columns))
     groups = n * rows // dilation[0]
     step = -(-groups // blocks(n * rows * columns * weight_shape[0] * max(weight_shape[1:])))
@@ -345,7 +347,7 @@ def conv1d(x, weight, bias, *, kernel, dilation=1):
 
 @constexpr
 def polyphase_taps(kernel, stride):
-    """Which tap of a transposed convolution each phase of the plain one has where, (phases * taps,); `kernel` is none."""
+    """Which tap of a transposed convolution each phase of the plain one has where, (phases * taps,); none: `kernel`."""
     first, taps = polyphase(kernel, stride)
     k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
     return int_tensor(np.where((k >= 0) & (k < kernel), k, kernel))

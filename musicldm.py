@@ -38,8 +38,7 @@ from scipy import signal as dsp
 import layers
 import weights as checkpoints
 from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block,
-                    tanh)
+                    layer_norm, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block, tanh)
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -396,15 +395,16 @@ def hifigan(mel, p, cfg):
         mel = (mel - p["mean"]) / p["scale"]
     x = conv1d(mel, **p["conv_pre"], kernel=7)
     for i in range(len(cfg["upsample_rates"])):
-        x = conv_transpose1d(ops.leaky_relu(x, slope), **p["upsampler." + str(i)], kernel=cfg["upsample_kernel_sizes"][i],
-                             stride=cfg["upsample_rates"][i])
+        x = conv_transpose1d(ops.leaky_relu(x, slope), **p["upsampler." + str(i)],
+                             kernel=cfg["upsample_kernel_sizes"][i], stride=cfg["upsample_rates"][i])
         total = 0.0
         for j in range(len(kernels)):
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
             total = total + hifigan_block(y, p["resblocks." + str(i * len(kernels) + j)], kernel=kernels[j],
                                           dilations=dilations[j], slope=slope)
         x = total / len(kernels)
-    x = conv1d(ops.leaky_relu(x, 0.01), **p["conv_post"], kernel=7)  # torch's default slope: the reference gives none here
+    # torch's default slope: the reference gives none here
+    x = conv1d(ops.leaky_relu(x, 0.01), **p["conv_post"], kernel=7)
     return tanh(x.reshape(x.shape[:2]))
 
 
@@ -952,7 +952,7 @@ def rank(cfg, params, embeds, audio):
 
 
 def prepared(cfg, params):
-    """The UNet's parameters with its convolutions' weights as they are computed with, of 1.3 to 4 times the size.
+    """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
 
     What was prepared before stays as it is. `generate` does it in each call: for many calls, pass it
     {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes none of these.
@@ -963,9 +963,13 @@ def prepared(cfg, params):
     def prepare(name, x):
         if x.ndim < 4 or x.shape[2:] == (1, 1):
             return x
+        array = x.asnumpy()  # MindSpore's operators one by one would take seconds the first time
         if x.dtype != mindspore.float32 or "downsamplers" in name or not layers.products_are_exact():
-            return layers.gathered_weight(x)
-        return layers.fast_weight(x, 4 if x.size < 2 ** 21 else 2)  # a large weight is for an image of few tiles
+            array = layers.gathered_weight(array)
+        else:  # a large weight is for an image of few tiles
+            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 21 else 2)
+            array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
+        return Tensor.from_numpy(np.ascontiguousarray(array))
 
     return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
 
