@@ -182,7 +182,7 @@ def test_a_shifted_loop_is_the_same_loop_later(eta, params):
         results.append((np.roll(steps[-1], -shift, 2), np.roll(audio, -640 * shift, 1)))
     for shifted in results[1:]:
         assert relative_error(shifted[0], results[0][0]) < 5e-6
-        assert relative_error(shifted[1], results[0][1]) < 1e-4
+        assert relative_error(shifted[1], results[0][1]) < 2e-4  # the bar of waveforms
     assert audio.shape == (1, 24 * 640)
 
 
