@@ -959,12 +959,13 @@ def prepared(cfg, params):
     """
     if checkpoints.use_device(cfg) != "CPU":
         return params
+    exact = layers.products_are_exact()
 
     def prepare(name, x):
         if x.ndim < 4 or x.shape[2:] == (1, 1):
             return x
         array = x.asnumpy()  # MindSpore's operators one by one would take seconds the first time
-        if x.dtype != mindspore.float32 or "downsamplers" in name or not layers.products_are_exact():
+        if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
             array = layers.gathered_weight(array)
         else:  # a large weight is for an image of few tiles
             g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 21 else 2)
