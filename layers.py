@@ -5,6 +5,10 @@ sequence, C channels, I and O channels into and out of a layer, K taps of a conv
 Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C). A leaf returns its input's
 dtype. Parameters are the sub-dict of the checkpoint that holds a layer; leaves take its `weight` and `bias`. Arguments
 come in one order: data, conditioning, parameters, then keyword-only numbers.
+
+Some of the style is for the compiler: whatever a graph does at a shape it has not met yet takes it time, a primitive
+(ops.BiasAdd) 1 ms, the function around it (ops.bias_add) more, and arithmetic on shapes, unpacking and slicing a tuple
+10 to 20 ms. So shapes, indices and other constants are made by constexpr functions, which are plain Python.
 """
 import math
 import os
@@ -28,25 +32,39 @@ def as_rows(shape):
     return -1, shape[-1]
 
 
+@constexpr
+def as_columns(shape):
+    return shape[0], -1
+
+
+@constexpr
+def with_last(shape, last):
+    return *shape[:-1], last
+
+
+@constexpr
+def is_prompt(shape):
+    return 8 <= math.prod(shape[:-1]) < 64
+
+
 def linear(x, weight, bias=None):
     """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, (O, I, 1, 1): channels are last."""
     if weight.ndim > 2:
-        weight = weight.reshape(weight.shape[0], -1)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] < 64:  # up to eight times as fast on a CPU: oneDNN packs its second matrix anew each time
-        y = ops.MatMul(transpose_b=True)(weight, rows).transpose(1, 0)
+        weight = weight.reshape(as_columns(weight.shape))
+    rows = x if x.ndim == 2 else x.reshape(as_rows(x.shape))
+    if is_prompt(x.shape):  # up to four times as fast on a CPU: oneDNN packs its second matrix anew each time
+        y = ops.Transpose()(ops.MatMul(transpose_b=True)(weight, rows), (1, 0))
     else:
         y = ops.MatMul(transpose_b=True)(rows, weight)
     if bias is not None:
-        y = ops.bias_add(y, bias)
-    return y.reshape(x.shape[:-1] + (weight.shape[0],))
+        y = ops.BiasAdd()(y, bias)
+    return y if x.ndim == 2 else y.reshape(with_last(x.shape, weight.shape[0]))
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
 # A geometry is a tuple of what a convolution over images (N, H, W, C) is but for its weight: N, then pairs (height,
 # width) of the sizes of the input and of the output, kernel, stride, dilation and padding, then `scale` 2 to read the
 # image as if its pixels were doubled both ways and it was cut to the output's size, and `loop` to repeat it along H.
-# Shapes and indices are made by constexpr functions, as arithmetic inside a graph takes milliseconds to compile.
 
 def polyphase(kernel, stride):
     """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
@@ -124,19 +142,24 @@ def tap_rows(geometry, channels):
     return result
 
 
+@constexpr
+def zero_row(shape, dtype):
+    return Tensor(np.zeros((1, shape[-1])), dtype)
+
+
 def with_zeros(x):
     """The pixels of x (..., C) as rows, and a row of zeros after the last."""
-    x = x.reshape(as_rows(x.shape))
-    return ops.cat((x, ops.zeros((1, x.shape[1]), x.dtype)), 0)
+    return ops.Concat(0)((x.reshape(as_rows(x.shape)), zero_row(x.shape, x.dtype)))
 
 
-def after(parts, x):
-    """x, once the last of the parts is computed: blocks that run one after the other share memory."""
-    return ops.Depend()(x, parts[-1]) if len(parts) > 0 else x
-
-
-def joined(parts):
-    return ops.cat(parts, 0) if len(parts) > 1 else parts[0]
+def in_blocks(function, x, blocks, *constants):
+    """The rows function(x, block, *constants) of all blocks, computed one after the other: they share memory."""
+    if len(blocks) == 1:
+        return function(x, blocks[0], *constants)
+    parts = ()
+    for block in blocks:
+        parts = parts + (function(ops.Depend()(x, parts[-1]) if len(parts) > 0 else x, block, *constants),)
+    return ops.Concat(0)(parts)
 
 
 def gathered_weight(weight):
@@ -150,11 +173,13 @@ def gathered_convolution(x, weight, geometry):
 
     x (N, H, W, I) or (N, L, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
-    x, parts = with_zeros(x), ()
-    for rows in tap_rows(geometry, x.shape[1]):
-        taps = ops.gather(x, after(parts, rows), 0).reshape(-1, weight.shape[1])
-        parts = parts + (ops.MatMul(transpose_b=True)(taps, weight),)
-    return joined(parts)
+    x = with_zeros(x)
+    return in_blocks(gathered_block, x, tap_rows(geometry, x.shape[1]), weight)
+
+
+def gathered_block(x, rows, weight):
+    taps = ops.Gather()(x, rows, 0).reshape(as_rows(weight.shape))
+    return ops.MatMul(transpose_b=True)(taps, weight)
 
 
 POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
@@ -254,8 +279,8 @@ def fast_transforms(geometry, weight_shape):
     """B (products, inputs) and A (outputs, products) for flattened tiles, float32, and the shapes between the steps."""
     (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
     a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
-    shapes = (b.shape[1], -1), (products, -1, i), (products, -1), (-1, o)
-    return Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), shapes
+    return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)),
+            (b.shape[1], -1), (products, -1, i), (products, -1), (-1, o))
 
 
 def fast_convolution(x, weight, geometry):
@@ -265,13 +290,14 @@ def fast_convolution(x, weight, geometry):
     The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
     is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    x, parts = with_zeros(x), ()
-    to_products, to_outputs, (inputs, deep, wide, outputs) = fast_transforms(geometry, weight.shape)
-    for read, order in tile_rows(geometry, weight.shape):
-        tiles = ops.MatMul()(to_products, ops.gather(x, after(parts, read), 0).reshape(inputs)).reshape(deep)
-        tiles = ops.BatchMatMul(transpose_b=True)(tiles, weight).reshape(wide)
-        parts = parts + (ops.gather(ops.MatMul()(to_outputs, tiles).reshape(outputs), order, 0),)
-    return joined(parts)
+    return in_blocks(fast_block, with_zeros(x), tile_rows(geometry, weight.shape), weight,
+                     *fast_transforms(geometry, weight.shape))
+
+
+def fast_block(x, rows, weight, to_products, to_outputs, inputs, deep, wide, outputs):
+    tiles = ops.MatMul()(to_products, ops.Gather()(x, rows[0], 0).reshape(inputs)).reshape(deep)
+    tiles = ops.BatchMatMul(transpose_b=True)(tiles, weight).reshape(wide)
+    return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
 
 
 def native_convolution(x, weight, geometry):
@@ -295,11 +321,10 @@ def native_convolution(x, weight, geometry):
 
 
 @constexpr
-def device():
-    return mindspore.get_context("device_target")
+def on_cpu():
+    return mindspore.get_context("device_target") == "CPU"
 
 
-@constexpr
 def products_are_exact():
     """Whether a CPU multiplies float32 numbers as they are.
 
@@ -311,21 +336,25 @@ def products_are_exact():
     return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
 
 
+@constexpr
+def is_fast(weight_shape, dtype, geometry):
+    """Whether `fast_convolution` takes a weight: one that was made for it, or one of a checkpoint that it is good for."""
+    return len(weight_shape) == 3 or (
+        len(weight_shape) == 4 and dtype == float32 and geometry[4] == (1, 1) and products_are_exact())
+
+
 def convolution(x, weight, geometry):
     """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N * H_out * W_out, O).
 
     weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for many calls.
     """
-    if weight.ndim == 3:
-        return fast_convolution(x, weight, geometry)
-    if weight.ndim == 2:
-        return gathered_convolution(x, weight, geometry)
-    if device() != "CPU":
+    if not on_cpu():
         return native_convolution(x, weight, geometry)
-    if weight.dtype == float32 and geometry[4] == (1, 1) and products_are_exact():
-        weight = ops.Depend()(weight, x)  # not before x is there, or all weights of a graph would be in memory at once
-        return fast_convolution(x, fast_weight(weight, 4), geometry)
-    return gathered_convolution(x, gathered_weight(weight), geometry)
+    if is_fast(weight.shape, weight.dtype, geometry):
+        if weight.ndim == 4:  # not before x is there, or all weights of a graph would be in memory at once
+            weight = fast_weight(ops.Depend()(weight, x), 4)
+        return fast_convolution(x, weight, geometry)
+    return gathered_convolution(x, gathered_weight(weight) if weight.ndim == 4 else weight, geometry)
 
 
 def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
@@ -336,28 +365,36 @@ def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     `stride` must divide.
     """
     geometry = geometry2d(x.shape, stride, upsample_to, loop)
-    return ops.bias_add(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
+    return ops.BiasAdd()(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
 
 
 def conv1d(x, weight, bias, *, kernel, dilation=1):
     """x (N, L, I) -> (N, L, O), zero-padded to keep its length; `kernel` is odd."""
-    geometry, weight = geometry1d(x.shape, kernel, dilation), ops.expand_dims(weight, -1)
-    return ops.bias_add(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
+    geometry, weight = geometry1d(x.shape, kernel, dilation), ops.ExpandDims()(weight, -1)
+    return ops.BiasAdd()(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
 
 
 @constexpr
-def polyphase_taps(kernel, stride):
-    """Which tap of a transposed convolution each phase of the plain one has where, (phases * taps,); none: `kernel`."""
+def polyphase_layout(shape, stride):
+    """What sorts the taps of a transposed convolution's weight by phase, (K, phases * taps), and the shapes after."""
+    i, o, kernel = shape
     first, taps = polyphase(kernel, stride)
     k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
-    return int_tensor(np.where((k >= 0) & (k < kernel), k, kernel))
+    sort = np.arange(kernel)[:, None] == k.reshape(-1)
+    return Tensor(sort.astype(np.float32)), (-1, kernel), (i, o, stride, taps), (stride * o, i, taps, 1)
 
 
 def polyphase_weight(weight, kernel, stride):
     """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
-    i, o, _ = weight.shape
-    taps = ops.gather(ops.cat((weight, ops.zeros((i, o, 1), weight.dtype)), 2), polyphase_taps(kernel, stride), 2)
-    return taps.reshape(i, o, stride, -1).transpose(2, 1, 0, 3).reshape(stride * o, i, -1, 1)
+    layout = polyphase_layout(weight.shape, stride)
+    taps = ops.MatMul()(weight.reshape(layout[1]), ops.Cast()(layout[0], weight.dtype)).reshape(layout[2])
+    return ops.Transpose()(taps, (2, 1, 0, 3)).reshape(layout[3])
+
+
+@constexpr
+def whole_periods(shape, kernel, stride, bias_shape):
+    """The shape (N, L, O) of `conv_transpose1d`'s output with its last period of `stride` samples whole."""
+    return shape[0], -(-transposed_length(shape[1], kernel, stride) // stride) * stride, bias_shape[0]
 
 
 def conv_transpose1d(x, weight, bias, *, kernel, stride):
@@ -366,19 +403,24 @@ def conv_transpose1d(x, weight, bias, *, kernel, stride):
     As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
     transposed one.
     """
-    geometry = geometry_transposed1d(x.shape, kernel, stride)
-    n, rows, length = x.shape[0], geometry[2][0], transposed_length(x.shape[1], kernel, stride)
-    y = convolution(x, polyphase_weight(weight, kernel, stride), geometry).reshape(n * rows * stride, -1)
-    y = ops.bias_add(y, bias).reshape(n, rows * stride, -1)
-    return y[:, :length] if length < rows * stride else y
+    geometry, shape = geometry_transposed1d(x.shape, kernel, stride), whole_periods(x.shape, kernel, stride, bias.shape)
+    y = convolution(x, polyphase_weight(weight, kernel, stride), geometry).reshape(as_rows(shape))
+    y, length = ops.BiasAdd()(y, bias).reshape(shape), transposed_length(x.shape[1], kernel, stride)
+    return y[:, :length] if length < shape[1] else y
 
 
 @constexpr
 def over_positions(shape):
-    """Of images (N, ..., C): what averages all positions of each, (N, 1, positions), and what repeats a row at each."""
+    """What averages all positions of each image (N, ..., C), (N, positions of all)."""
     n, *size, _ = shape
-    positions = math.prod(size)
-    return Tensor(np.full((n, 1, positions), 1 / positions, np.float32)), Tensor(np.ones((n, positions, 1), np.float32))
+    return Tensor(np.kron(np.eye(n), np.full(math.prod(size), 1 / math.prod(size))).astype(np.float32))
+
+
+@constexpr
+def at_positions(shape, dtype):
+    """What repeats a row at all positions of each image (N, ..., C), (positions of all, N)."""
+    n, *size, _ = shape
+    return Tensor(np.kron(np.eye(n), np.ones((math.prod(size), 1))), dtype)
 
 
 @constexpr
@@ -392,14 +434,13 @@ def group_norm(x, weight, bias, *, groups, eps):
 
     Averages and repetitions are matrix products: the fast way on a CPU with channels last.
     """
-    n, c = x.shape[0], x.shape[-1]
-    (average, repeat), group = over_positions(x.shape), over_group(c, groups)
-    rows = x.reshape(n, -1, c).astype(float32)
-    mean = ops.MatMul()(ops.BatchMatMul()(average, rows).reshape(n, c), group)
-    rows = rows - ops.BatchMatMul()(repeat, mean.reshape(n, 1, c))
-    variance = ops.MatMul()(ops.BatchMatMul()(average, rows * rows).reshape(n, c), group)
-    rows = rows * ops.BatchMatMul()(repeat, (weight * ops.rsqrt(variance + eps)).reshape(n, 1, c))
-    return ops.bias_add(rows.reshape(-1, c).astype(x.dtype), bias).reshape(x.shape)
+    average, repeat, group = over_positions(x.shape), at_positions(x.shape, float32), over_group(x.shape[3], groups)
+    rows = ops.Cast()(x.reshape(as_rows(x.shape)), float32)
+    mean = ops.MatMul()(ops.MatMul()(average, rows), group)
+    rows = rows - ops.MatMul()(repeat, mean)
+    variance = ops.MatMul()(ops.MatMul()(average, rows * rows), group)
+    rows = rows * ops.MatMul()(repeat, weight * ops.rsqrt(variance + eps))
+    return ops.BiasAdd()(ops.Cast()(rows, x.dtype), bias).reshape(x.shape)
 
 
 def layer_norm(x, weight, bias, *, eps):
@@ -417,26 +458,48 @@ def tanh(x):
     return ops.sigmoid(x * 2) * 2 - 1
 
 
-def attend(q, k, v, bias, *, heads):
+@constexpr
+def swapped(n, a, b):
+    """The rows of (N, A, B) in the order of (N, B, A): a gather of rows is twice as fast on a CPU as a transposition."""
+    return int_tensor(np.arange(n * a * b).reshape(n, a, b).transpose(0, 2, 1))
+
+
+@constexpr
+def heads_apart(shape, heads):
+    n, l, c = shape
+    return n, heads, l, c // heads
+
+
+@constexpr
+def attention_blocks(shape):
+    n, heads, l, _ = shape
+    return blocks(n * heads * l * l)
+
+
+def split_heads(rows, shape):
+    """rows (N * L, C) -> shape (N, heads, L, C / heads)."""
+    return ops.Gather()(rows.reshape(as_rows(shape)), swapped(shape[0], shape[2], shape[1]), 0).reshape(shape)
+
+
+def attend(q, k, v, bias, *, shape, heads):
     """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
 
-    q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
+    q, k, v (N * L, C) of the shape (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N * L, C).
+    Vaswani et al., 2017, equation 1.
     """
-    n, l, c = q.shape
-    q = (q * (c // heads) ** -0.5).reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
-    k = k.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
-    v = v.reshape(n, l, heads, -1).transpose(0, 2, 1, 3)
-    count = blocks(n * heads * l * l)
-    y = attended(q, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(q, k, v, count)
-    return y.transpose(0, 2, 1, 3).reshape(n, l, c)
+    apart = heads_apart(shape, heads)
+    count, scale = attention_blocks(apart), apart[3] ** -0.5
+    queries, k, v = split_heads(q * scale, apart), split_heads(k, apart), split_heads(v, apart)
+    y = attended(queries, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(queries, k, v, count)
+    return ops.Gather()(y.reshape(as_rows(apart)), swapped(apart[0], apart[1], apart[2]), 0).reshape(as_rows(shape))
 
 
 def attended(q, k, v, bias):
     """Scaled queries q (N, heads, M, D), k and v (N, heads, L, D) -> (N, heads, M, D)."""
-    scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(float32)
+    scores = ops.Cast()(ops.BatchMatMul(transpose_b=True)(q, k), float32)
     if bias is not None:
         scores = scores + bias
-    return ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
+    return ops.BatchMatMul()(ops.Cast()(ops.Softmax(-1)(scores), v.dtype), v)
 
 
 def attended_by_blocks(q, k, v, count):
@@ -452,36 +515,39 @@ def attended_by_blocks(q, k, v, count):
     return y.transpose(1, 2, 0, 3, 4).reshape(n, heads, count * size, d)[:, :, :l]
 
 
-def attention(x, p, *, heads):
-    """diffusers' Attention without its norm: x (N, L, C) -> (N, L, C)."""
+def attention(x, p, *, shape, heads):
+    """diffusers' Attention without its norm: x (N * L, C) of the shape (N, L, C)."""
     q, k, v = linear(x, **p["to_q"]), linear(x, **p["to_k"]), linear(x, **p["to_v"])
-    return linear(attend(q, k, v, None, heads=heads), **p["to_out.0"])
+    return linear(attend(q, k, v, None, shape=shape, heads=heads), **p["to_out.0"])
 
 
-def transformer_block(x, p, *, heads):
-    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N, L, C).
+def transformer_block(x, p, *, shape, heads):
+    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N * L, C) of the shape (N, L, C).
 
     There is no text sequence, so attn2 attends to x as attn1 does.
     """
-    x = x + attention(layer_norm(x, **p["norm1"], eps=1e-5), p["attn1"], heads=heads)
-    x = x + attention(layer_norm(x, **p["norm2"], eps=1e-5), p["attn2"], heads=heads)
-    hidden, gate = ops.chunk(linear(layer_norm(x, **p["norm3"], eps=1e-5), **p["ff"]["net.0.proj"]), 2, -1)
-    return x + linear(hidden * gelu(gate), **p["ff"]["net.2"])
+    x = x + attention(layer_norm(x, **p["norm1"], eps=1e-5), p["attn1"], shape=shape, heads=heads)
+    x = x + attention(layer_norm(x, **p["norm2"], eps=1e-5), p["attn2"], shape=shape, heads=heads)
+    halves = ops.Split(-1, 2)(linear(layer_norm(x, **p["norm3"], eps=1e-5), **p["ff"]["net.0.proj"]))
+    return x + linear(halves[0] * gelu(halves[1]), **p["ff"]["net.2"])
+
+
+@constexpr
+def as_sequence(shape):
+    return shape[0], math.prod(shape[1:-1]), shape[-1]
 
 
 def spatial_transformer(x, p, *, heads, groups):
     """diffusers' Transformer2DModel (norm's eps 1e-6): x (N, H, W, C), attended to as H * W positions."""
-    n, h, w, c = x.shape
-    y = linear(group_norm(x, **p["norm"], groups=groups, eps=1e-6), **p["proj_in"]).reshape(n, h * w, c)
-    y = transformer_block(y, p["transformer_blocks.0"], heads=heads)
-    return x + linear(y, **p["proj_out"]).reshape(n, h, w, c)
+    y = group_norm(x, **p["norm"], groups=groups, eps=1e-6).reshape(as_rows(x.shape))
+    y = transformer_block(linear(y, **p["proj_in"]), p["transformer_blocks.0"], shape=as_sequence(x.shape), heads=heads)
+    return x + linear(y, **p["proj_out"]).reshape(x.shape)
 
 
 def image_attention(x, p, *, groups):
     """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N, H, W, C)."""
-    n, h, w, c = x.shape
-    y = group_norm(x, **p["group_norm"], groups=groups, eps=1e-6).reshape(n, h * w, c)
-    return x + attention(y, p, heads=1).reshape(n, h, w, c)
+    y = group_norm(x, **p["group_norm"], groups=groups, eps=1e-6).reshape(as_rows(x.shape))
+    return x + attention(y, p, shape=as_sequence(x.shape), heads=1).reshape(x.shape)
 
 
 def resnet(x, embedding, p, *, groups, eps, loop=False):
@@ -491,8 +557,8 @@ def resnet(x, embedding, p, *, groups, eps, loop=False):
     """
     y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"], loop=loop)
     if embedding is not None:
-        (_, repeat), embedding = over_positions(y.shape), linear(embedding, **p["time_emb_proj"])
-        y = y + ops.BatchMatMul()(repeat.astype(y.dtype), ops.expand_dims(embedding, 1)).reshape(y.shape)
+        embedding = ops.MatMul()(at_positions(y.shape, y.dtype), linear(embedding, **p["time_emb_proj"]))
+        y = y + embedding.reshape(y.shape)
     y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"], loop=loop)
     if "conv_shortcut" in p:
         x = linear(x, **p["conv_shortcut"])
@@ -501,8 +567,9 @@ def resnet(x, embedding, p, *, groups, eps, loop=False):
 
 def bert_attention(x, bias, p, *, heads):
     """transformers' RobertaAttention without its norm: x (N, L, C), bias as in `attend`."""
-    q, k, v = (linear(x, **p["self"]["query"]), linear(x, **p["self"]["key"]), linear(x, **p["self"]["value"]))
-    return linear(attend(q, k, v, bias, heads=heads), **p["output"]["dense"])
+    y = x.reshape(as_rows(x.shape))
+    q, k, v = (linear(y, **p["self"]["query"]), linear(y, **p["self"]["key"]), linear(y, **p["self"]["value"]))
+    return linear(attend(q, k, v, bias, shape=x.shape, heads=heads), **p["output"]["dense"]).reshape(x.shape)
 
 
 def bert_layer(x, bias, p, *, heads, eps):

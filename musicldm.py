@@ -402,7 +402,7 @@ def hifigan(mel, p, cfg):
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
             total = total + hifigan_block(y, p["resblocks." + str(i * len(kernels) + j)], kernel=kernels[j],
                                           dilations=dilations[j], slope=slope)
-        x = total / len(kernels)
+        x = total * (1 / len(kernels))  # MindSpore's division by a number takes 16 bytes an element
     # torch's default slope: the reference gives none here
     x = conv1d(ops.leaky_relu(x, 0.01), **p["conv_post"], kernel=7)
     return tanh(x.reshape(x.shape[:2]))
