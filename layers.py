@@ -6,9 +6,10 @@ Activations are channels-last everywhere: images are (N, H, W, C), sequences (N,
 dtype. Parameters are the sub-dict of the checkpoint that holds a layer; leaves take its `weight` and `bias`. Arguments
 come in one order: data, conditioning, parameters, then keyword-only numbers.
 
-Some of the style is for the compiler: whatever a graph does at a shape it has not met yet takes it time, a primitive
-(ops.BiasAdd) 1 ms, the function around it (ops.bias_add) more, and arithmetic on shapes, unpacking and slicing a tuple
-10 to 20 ms. So shapes, indices and other constants are made by constexpr functions, which are plain Python.
+Some of the style is for MindSpore's compiler. It runs all that is in a graph symbolically for every new set of shapes,
+Python's own tuples and loops too: milliseconds for arithmetic on a shape, for unpacking or slicing a tuple, for the
+checks of a function in `ops` where there is a primitive. So shapes, indices and other constants come from constexpr
+functions, which are plain Python.
 """
 import math
 import os
@@ -25,6 +26,12 @@ BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or ta
 def blocks(numbers):
     """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
     return -(-numbers // BLOCK)
+
+
+@constexpr
+def nth(name, number):
+    """The checkpoint's name for one of several layers."""
+    return f"{name}.{number}"
 
 
 @constexpr
@@ -178,6 +185,7 @@ def gathered_convolution(x, weight, geometry):
 
 
 def gathered_block(x, rows, weight):
+    """A block of `gathered_convolution`, with rows from `tap_rows`."""
     taps = ops.Gather()(x, rows, 0).reshape(as_rows(weight.shape))
     return ops.MatMul(transpose_b=True)(taps, weight)
 
@@ -226,9 +234,8 @@ def fast_filters(kernel, products):
 @constexpr
 def fast_weight_transform(shape, outputs):
     """G of both axes at once (products, K), float32, and the shapes before and after it."""
-    o, i, *kernel = shape
-    g = np.kron(*(fast_filter(taps, outputs)[1] for taps in kernel)).astype(np.float32)
-    return Tensor(g), (o * i, -1), (len(g), o, i)
+    g = np.kron(*(fast_filter(taps, outputs)[1] for taps in shape[2:])).astype(np.float32)
+    return Tensor(g), (-1, g.shape[1]), (len(g), -1, shape[1])
 
 
 def fast_weight(weight, outputs):
@@ -295,6 +302,7 @@ def fast_convolution(x, weight, geometry):
 
 
 def fast_block(x, rows, weight, to_products, to_outputs, inputs, deep, wide, outputs):
+    """A block of `fast_convolution`, with rows from `tile_rows` and all after the weight from `fast_transforms`."""
     tiles = ops.MatMul()(to_products, ops.Gather()(x, rows[0], 0).reshape(inputs)).reshape(deep)
     tiles = ops.BatchMatMul(transpose_b=True)(tiles, weight).reshape(wide)
     return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
@@ -338,7 +346,7 @@ def products_are_exact():
 
 @constexpr
 def is_fast(weight_shape, dtype, geometry):
-    """Whether `fast_convolution` takes a weight: one that was made for it, or one of a checkpoint that it is good for."""
+    """Whether `fast_convolution` takes a weight: one prepared for it, or one of a checkpoint that it is good for."""
     return len(weight_shape) == 3 or (
         len(weight_shape) == 4 and dtype == float32 and geometry[4] == (1, 1) and products_are_exact())
 
@@ -460,7 +468,7 @@ def tanh(x):
 
 @constexpr
 def swapped(n, a, b):
-    """The rows of (N, A, B) in the order of (N, B, A): a gather of rows is twice as fast on a CPU as a transposition."""
+    """The rows of (N, A, B) in the order of (N, B, A): on a CPU to gather rows is faster than to transpose them."""
     return int_tensor(np.arange(n * a * b).reshape(n, a, b).transpose(0, 2, 1))
 
 
@@ -631,6 +639,6 @@ def patch_merging(x, p, *, size):
 def hifigan_block(x, p, *, kernel, dilations, slope):
     """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
     for i in range(len(dilations)):
-        y = conv1d(ops.leaky_relu(x, slope), **p["convs1." + str(i)], kernel=kernel, dilation=dilations[i])
-        x = x + conv1d(ops.leaky_relu(y, slope), **p["convs2." + str(i)], kernel=kernel)
+        y = conv1d(ops.leaky_relu(x, slope), **p[nth("convs1", i)], kernel=kernel, dilation=dilations[i])
+        x = x + conv1d(ops.leaky_relu(y, slope), **p[nth("convs2", i)], kernel=kernel)
     return x

@@ -38,7 +38,7 @@ from scipy import signal as dsp
 import layers
 import weights as checkpoints
 from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, linear, patch_merging, polyphase, resnet, spatial_transformer, swin_block, tanh)
+                    layer_norm, linear, nth, patch_merging, polyphase, resnet, spatial_transformer, swin_block, tanh)
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -272,7 +272,7 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
          + ops.gather(p["position_embeddings"]["weight"], positions, 0))
     x = layer_norm(x, **p["LayerNorm"], eps=cfg["layer_norm_eps"])
     for i in range(cfg["num_hidden_layers"]):
-        x = bert_layer(x, bias, text_model["encoder"]["layer." + str(i)], heads=cfg["num_attention_heads"],
+        x = bert_layer(x, bias, text_model["encoder"][nth("layer", i)], heads=cfg["num_attention_heads"],
                        eps=cfg["layer_norm_eps"])
     x = tanh(linear(x[:, 0], **text_model["pooler"]["dense"]))
     return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
@@ -294,9 +294,9 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
     x = linear(x.reshape(n, size * size, patch * patch), p["weight"].reshape(-1, patch * patch), p["bias"])
     x = layer_norm(x, **audio_encoder["patch_embed"]["norm"], eps=1e-5)
     for stage in range(len(cfg["depths"])):
-        p = audio_encoder["layers." + str(stage)]
+        p = audio_encoder[nth("layers", stage)]
         for i in range(cfg["depths"][stage]):
-            x = swin_block(x, p["blocks." + str(i)], size=size, window=window, eps=cfg["layer_norm_eps"],
+            x = swin_block(x, p[nth("blocks", i)], size=size, window=window, eps=cfg["layer_norm_eps"],
                            shift=window // 2 if i % 2 == 1 and size > window else 0,
                            heads=cfg["num_attention_heads"][stage])
         if "downsample" in p:
@@ -323,11 +323,11 @@ def unet(x, timestep, class_labels, p, cfg, loop):
     x = conv2d(x, **p["conv_in"], loop=loop)
     skips = (x,)
     for level in range(levels):
-        block = p["down_blocks." + str(level)]
+        block = p[nth("down_blocks", level)]
         for i in range(layers):
-            x = resnet(x, embedding, block["resnets." + str(i)], groups=groups, eps=eps, loop=loop)
+            x = resnet(x, embedding, block[nth("resnets", i)], groups=groups, eps=eps, loop=loop)
             if "attentions.0" in block:
-                x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[level], groups=groups)
+                x = spatial_transformer(x, block[nth("attentions", i)], heads=heads[level], groups=groups)
             skips = skips + (x,)
         if "downsamplers.0" in block:
             x = conv2d(x, **block["downsamplers.0"]["conv"], stride=2, loop=loop)
@@ -339,13 +339,13 @@ def unet(x, timestep, class_labels, p, cfg, loop):
     x = resnet(x, embedding, block["resnets.1"], groups=groups, eps=eps, loop=loop)
 
     for level in range(levels):
-        block = p["up_blocks." + str(level)]
+        block = p[nth("up_blocks", level)]
         for i in range(layers + 1):
-            x = resnet(ops.cat((x, skips[-1]), -1), embedding, block["resnets." + str(i)], groups=groups, eps=eps,
+            x = resnet(ops.cat((x, skips[-1]), -1), embedding, block[nth("resnets", i)], groups=groups, eps=eps,
                        loop=loop)
             skips = skips[:-1]
             if "attentions.0" in block:
-                x = spatial_transformer(x, block["attentions." + str(i)], heads=heads[-1 - level], groups=groups)
+                x = spatial_transformer(x, block[nth("attentions", i)], heads=heads[-1 - level], groups=groups)
         if "upsamplers.0" in block:
             x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=skips[-1].shape[1:3], loop=loop)
     return conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=eps)), **p["conv_out"], loop=loop)
@@ -374,9 +374,9 @@ def vae_decode(x, p, cfg, loop):
     x = image_attention(x, p["mid_block"]["attentions.0"], groups=groups)
     x = resnet(x, None, p["mid_block"]["resnets.1"], groups=groups, eps=1e-6, loop=loop)
     for level in range(levels):
-        block = p["up_blocks." + str(level)]
+        block = p[nth("up_blocks", level)]
         for i in range(cfg["layers_per_block"] + 1):
-            x = resnet(x, None, block["resnets." + str(i)], groups=groups, eps=1e-6, loop=loop)
+            x = resnet(x, None, block[nth("resnets", i)], groups=groups, eps=1e-6, loop=loop)
         if "upsamplers.0" in block:
             x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=(2 * x.shape[1], 2 * x.shape[2]),
                        loop=loop)
@@ -395,12 +395,12 @@ def hifigan(mel, p, cfg):
         mel = (mel - p["mean"]) / p["scale"]
     x = conv1d(mel, **p["conv_pre"], kernel=7)
     for i in range(len(cfg["upsample_rates"])):
-        x = conv_transpose1d(ops.leaky_relu(x, slope), **p["upsampler." + str(i)],
+        x = conv_transpose1d(ops.leaky_relu(x, slope), **p[nth("upsampler", i)],
                              kernel=cfg["upsample_kernel_sizes"][i], stride=cfg["upsample_rates"][i])
         total = 0.0
         for j in range(len(kernels)):
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
-            total = total + hifigan_block(y, p["resblocks." + str(i * len(kernels) + j)], kernel=kernels[j],
+            total = total + hifigan_block(y, p[nth("resblocks", i * len(kernels) + j)], kernel=kernels[j],
                                           dilations=dilations[j], slope=slope)
         x = total * (1 / len(kernels))  # MindSpore's division by a number takes 16 bytes an element
     # torch's default slope: the reference gives none here
