@@ -2,9 +2,10 @@
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
 sequence, C channels, I and O channels into and out of a layer, K taps of a convolution.
-Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C). A leaf returns its input's
-dtype. Parameters are the sub-dict of the checkpoint that holds a layer; leaves take its `weight` and `bias`. Arguments
-come in one order: data, conditioning, parameters, then keyword-only numbers.
+Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C), or (N * L, C) beside their
+`shape` (N, L, C). A leaf returns its input's dtype. Parameters are the sub-dict of the checkpoint that holds a layer;
+leaves take its `weight` and `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only
+numbers.
 
 Some of the style is for MindSpore's compiler. It runs all that is in a graph symbolically for every new set of shapes,
 Python's own tuples and loops too: milliseconds for arithmetic on a shape, for unpacking or slicing a tuple, for the
@@ -59,7 +60,7 @@ def linear(x, weight, bias=None):
     if weight.ndim > 2:
         weight = weight.reshape(as_columns(weight.shape))
     rows = x if x.ndim == 2 else x.reshape(as_rows(x.shape))
-    if is_prompt(x.shape):  # up to four times as fast on a CPU: oneDNN packs its second matrix anew each time
+    if is_prompt(x.shape):  # faster on a CPU, where oneDNN packs its second matrix anew each time
         y = ops.Transpose()(ops.MatMul(transpose_b=True)(weight, rows), (1, 0))
     else:
         y = ops.MatMul(transpose_b=True)(rows, weight)
@@ -159,14 +160,12 @@ def with_zeros(x):
     return ops.Concat(0)((x.reshape(as_rows(x.shape)), zero_row(x.shape, x.dtype)))
 
 
-def in_blocks(function, x, blocks, *constants):
-    """The rows function(x, block, *constants) of all blocks, computed one after the other: they share memory."""
-    if len(blocks) == 1:
-        return function(x, blocks[0], *constants)
-    parts = ()
-    for block in blocks:
-        parts = parts + (function(ops.Depend()(x, parts[-1]) if len(parts) > 0 else x, block, *constants),)
-    return ops.Concat(0)(parts)
+def in_blocks(function, x, rows, *constants):
+    """What function(x, block, *constants) makes of all blocks of rows, one after the other: they share memory."""
+    parts = (function(x, rows[0], *constants),)
+    for block in rows[1:]:
+        parts = parts + (function(ops.Depend()(x, parts[-1]), block, *constants),)
+    return ops.Concat(0)(parts) if len(parts) > 1 else parts[0]
 
 
 def gathered_weight(weight):

@@ -402,7 +402,7 @@ def hifigan(mel, p, cfg):
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
             total = total + hifigan_block(y, p[nth("resblocks", i * len(kernels) + j)], kernel=kernels[j],
                                           dilations=dilations[j], slope=slope)
-        x = total * (1 / len(kernels))  # MindSpore's division by a number takes 16 bytes an element
+        x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
     x = conv1d(ops.leaky_relu(x, 0.01), **p["conv_post"], kernel=7)
     return tanh(x.reshape(x.shape[:2]))
@@ -799,7 +799,7 @@ def check_memory(cfg, shape, guided):
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
     levels = len(cfg["vae"]["block_out_channels"])
-    count = 18 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
+    count = 14 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
                             9 * h * w * 4 ** (levels - 1) * in_vae[1])
     count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
 
