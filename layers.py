@@ -41,13 +41,13 @@ def as_rows(shape):
 
 
 @constexpr
-def as_columns(shape):
-    return shape[0], -1
+def with_last(shape, last):
+    return *shape[:-1], last
 
 
 @constexpr
-def with_last(shape, last):
-    return *shape[:-1], last
+def has_axes(shape, number):
+    return len(shape) == number
 
 
 @constexpr
@@ -57,16 +57,14 @@ def is_prompt(shape):
 
 def linear(x, weight, bias=None):
     """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, (O, I, 1, 1): channels are last."""
-    if weight.ndim > 2:
-        weight = weight.reshape(as_columns(weight.shape))
-    rows = x if x.ndim == 2 else x.reshape(as_rows(x.shape))
+    weight, rows = ops.Flatten()(weight), x if has_axes(x.shape, 2) else x.reshape(as_rows(x.shape))
     if is_prompt(x.shape):  # faster on a CPU, where oneDNN packs its second matrix anew each time
         y = ops.Transpose()(ops.MatMul(transpose_b=True)(weight, rows), (1, 0))
     else:
         y = ops.MatMul(transpose_b=True)(rows, weight)
     if bias is not None:
         y = ops.BiasAdd()(y, bias)
-    return y if x.ndim == 2 else y.reshape(with_last(x.shape, weight.shape[0]))
+    return y if has_axes(x.shape, 2) else y.reshape(with_last(x.shape, weight.shape[0]))
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
@@ -128,12 +126,12 @@ def read_along(axis, place, geometry):
 
 
 def int_tensor(array):
-    return Tensor(array.reshape(-1).astype(np.int32))
+    return Tensor(array.astype(np.int32))
 
 
 @constexpr
 def tap_rows(geometry, channels):
-    """For each block of output positions, int32 (positions * K,): the row of the flattened input under each tap.
+    """For each block of output positions, int32 (positions, K): the row of the flattened input under each tap.
 
     Row N * H * W stands for the zeros outside the image.
     """
@@ -146,7 +144,8 @@ def tap_rows(geometry, channels):
             read_along(axis, place[axis][:, None] * stride[axis] - padding[axis]
                        + np.arange(kernel[axis]) * dilation[axis], geometry) for axis in (0, 1))
         rows = (image[:, None, None] * size[0] + y[:, :, None]) * size[1] + x[:, None]
-        result += int_tensor(np.where(y_inside[:, :, None] & x_inside[:, None], rows, n * math.prod(size))),
+        rows = np.where(y_inside[:, :, None] & x_inside[:, None], rows, n * math.prod(size))
+        result += int_tensor(rows.reshape(len(rows), -1)),
     return result
 
 
@@ -160,11 +159,11 @@ def with_zeros(x):
     return ops.Concat(0)((x.reshape(as_rows(x.shape)), zero_row(x.shape, x.dtype)))
 
 
-def in_blocks(function, x, rows, *constants):
-    """What function(x, block, *constants) makes of all blocks of rows, one after the other: they share memory."""
-    parts = (function(x, rows[0], *constants),)
-    for block in rows[1:]:
-        parts = parts + (function(ops.Depend()(x, parts[-1]), block, *constants),)
+def in_blocks(function, x, rows):
+    """What function(x, block) makes of all blocks of rows, one after the other: they share memory."""
+    parts = ()
+    for block in rows:
+        parts = parts + (function(ops.Depend()(x, parts), block),)
     return ops.Concat(0)(parts) if len(parts) > 1 else parts[0]
 
 
@@ -179,14 +178,10 @@ def gathered_convolution(x, weight, geometry):
 
     x (N, H, W, I) or (N, L, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
-    x = with_zeros(x)
-    return in_blocks(gathered_block, x, tap_rows(geometry, x.shape[1]), weight)
+    def block(x, rows):
+        return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
 
-
-def gathered_block(x, rows, weight):
-    """A block of `gathered_convolution`, with rows from `tap_rows`."""
-    taps = ops.Gather()(x, rows, 0).reshape(as_rows(weight.shape))
-    return ops.MatMul(transpose_b=True)(taps, weight)
+    return in_blocks(block, with_zeros(x), tap_rows(geometry, x.shape[-1]))
 
 
 POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
@@ -247,7 +242,7 @@ def fast_weight(weight, outputs):
 def tile_rows(geometry, weight_shape):
     """For each block of tiles, what they read and where their outputs are, both int32.
 
-    The row of the flattened input at each place of each tile, (inputs * tiles,), as in `tap_rows`; and for each
+    The row of the flattened input at each place of each tile, (inputs, tiles), as in `tap_rows`; and for each
     position of the flattened output, in order, its row among (outputs * tiles). The places of a tile are `dilation`
     apart, and as many tiles lie one between the other.
     """
@@ -276,17 +271,16 @@ def tile_rows(geometry, weight_shape):
         inside = np.flatnonzero((y_out < out_size[0])[:, None, :, None] & (x_out < out_size[1])[:, None])
         order = np.empty_like(inside)
         order[written.reshape(-1)[inside] - written.min()] = inside
-        result += (int_tensor(read), int_tensor(order)),
+        result += (int_tensor(read.reshape(math.prod(read.shape[:2]), -1)), int_tensor(order)),
     return result
 
 
 @constexpr
 def fast_transforms(geometry, weight_shape):
-    """B (products, inputs) and A (outputs, products) for flattened tiles, float32, and the shapes between the steps."""
+    """B (products, inputs) and A (outputs, products) for flattened tiles, float32, and two shapes between the steps."""
     (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
     a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
-    return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)),
-            (b.shape[1], -1), (products, -1, i), (products, -1), (-1, o))
+    return Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o)
 
 
 def fast_convolution(x, weight, geometry):
@@ -296,15 +290,14 @@ def fast_convolution(x, weight, geometry):
     The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
     is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    return in_blocks(fast_block, with_zeros(x), tile_rows(geometry, weight.shape), weight,
-                     *fast_transforms(geometry, weight.shape))
+    to_products, to_outputs, products, outputs = fast_transforms(geometry, weight.shape)
 
+    def block(x, rows):
+        tiles = ops.MatMul()(to_products, ops.Flatten()(ops.Gather()(x, rows[0], 0))).reshape(products)
+        tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
+        return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
 
-def fast_block(x, rows, weight, to_products, to_outputs, inputs, deep, wide, outputs):
-    """A block of `fast_convolution`, with rows from `tile_rows` and all after the weight from `fast_transforms`."""
-    tiles = ops.MatMul()(to_products, ops.Gather()(x, rows[0], 0).reshape(inputs)).reshape(deep)
-    tiles = ops.BatchMatMul(transpose_b=True)(tiles, weight).reshape(wide)
-    return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
+    return in_blocks(block, with_zeros(x), tile_rows(geometry, weight.shape))
 
 
 def native_convolution(x, weight, geometry):
@@ -358,10 +351,10 @@ def convolution(x, weight, geometry):
     if not on_cpu():
         return native_convolution(x, weight, geometry)
     if is_fast(weight.shape, weight.dtype, geometry):
-        if weight.ndim == 4:  # not before x is there, or all weights of a graph would be in memory at once
+        if has_axes(weight.shape, 4):  # not before x is there, or all weights of a graph would be in memory at once
             weight = fast_weight(ops.Depend()(weight, x), 4)
         return fast_convolution(x, weight, geometry)
-    return gathered_convolution(x, gathered_weight(weight) if weight.ndim == 4 else weight, geometry)
+    return gathered_convolution(x, gathered_weight(weight) if has_axes(weight.shape, 4) else weight, geometry)
 
 
 def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
@@ -468,7 +461,7 @@ def tanh(x):
 @constexpr
 def swapped(n, a, b):
     """The rows of (N, A, B) in the order of (N, B, A): on a CPU to gather rows is faster than to transpose them."""
-    return int_tensor(np.arange(n * a * b).reshape(n, a, b).transpose(0, 2, 1))
+    return int_tensor(np.arange(n * a * b).reshape(n, a, b).transpose(0, 2, 1).reshape(-1))
 
 
 @constexpr
