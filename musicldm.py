@@ -33,7 +33,6 @@ import soundfile
 import yaml
 from mindspore import Tensor, ops
 from PIL import Image, ImageDraw
-from scipy import signal as dsp
 
 import layers
 import weights as checkpoints
@@ -578,6 +577,7 @@ def resample(audio, rate, new_rate):
     The low-pass filter is flat up to 0.913 of the lower rate's Nyquist frequency and 126 dB down above it, like soxr's
     HQ, with which the reference resamples: CLAP's bands above 8 kHz hear of 16 kHz audio only what the filter leaks.
     """
+    from scipy import signal as dsp  # here, as it takes most of a second, and few need it
     up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
     nyquist = 1 / max(up, down)  # of the lower rate, as a share of that of the rate at which the filter runs
     taps, beta = dsp.kaiserord(126, (1 - 0.913) * nyquist)
@@ -605,7 +605,7 @@ def clap_features(cfg, waveforms):
     """
     extractor = cfg["feature_extractor"]
     length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
-    window, filters, features = dsp.get_window("hann", size), mel_filters(extractor), []
+    window, filters, features = np.hanning(size + 1)[:-1], mel_filters(extractor), []
     for waveform in checked_audio(waveforms, extractor["sampling_rate"]):
         waveform = np.tile(waveform[:length].astype(np.float64), max(1, length // len(waveform)))
         waveform = np.pad(np.pad(waveform, (0, length - len(waveform))), size // 2, mode="reflect")
@@ -799,8 +799,8 @@ def check_memory(cfg, shape, guided):
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
     levels = len(cfg["vae"]["block_out_channels"])
-    count = 14 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
-                            9 * h * w * 4 ** (levels - 1) * in_vae[1])
+    count = 7 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
+                            6 * h * w * 4 ** (levels - 1) * in_vae[1])
     count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
 
     def stated(path, pattern, otherwise):
@@ -951,7 +951,7 @@ def rank(cfg, params, embeds, audio):
     return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
 
 
-def prepared(cfg, params):
+def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
 
     What was prepared before stays as it is. `generate` does it in each call: for many calls, pass it
@@ -970,9 +970,11 @@ def prepared(cfg, params):
         else:  # a large weight is for an image of few tiles
             g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 21 else 2)
             array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
-        return Tensor.from_numpy(np.ascontiguousarray(array))
+        return as_tensor(np.ascontiguousarray(array))
 
-    return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
+    tree = checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
+    checkpoints.release(params)
+    return tree
 
 
 def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
@@ -982,8 +984,10 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise, sampling, callback: as in `generate`, noise as an iterator
     Raises InputError after a step that leaves NaN or Inf.
     """
+    checkpoints.release(params["text_encoder"])  # has done its work
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
-    p, unet_cfg, loop = mindspore.mutable(prepared(cfg, params["unet"])), frozen(cfg["unet"]), sampling["loop"]
+    p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
+    unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
     unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
 
     def eps_fn(x, t):
@@ -1302,7 +1306,8 @@ def produce(plan, params, quiet):
     heard = None if plan.audio_prompt is None else encode_audio(cfg, params, *plan.audio_prompt)
     if plan.interpolated:
         way = interpolate(*prompt_vectors(cfg, params, plan.texts, heard, weight), plan.interpolated)
-    params = {**params, "unet": prepared(cfg, params["unet"])}
+    if len(plan.missing) > 1:
+        params = {**params, "unet": prepared(cfg, params["unet"])}
     for group, missing in plan.missing.items():
         here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
         toward = way[here] if plan.interpolated else prompt_vectors(

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import mindspore
@@ -238,7 +239,8 @@ def load_vocabulary(cfg):
         lines = merges_path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"weights: cannot read {merges_path}: {one_line(error)}") from None
-    return vocab, {line: rank for rank, line in enumerate(line for line in lines if line and line[:8] != "#version")}
+    merges = filter(None, lines[lines[0].startswith("#version"):])
+    return vocab, {merge: rank for rank, merge in enumerate(merges)}
 
 
 def vocabulary_files(cfg):
@@ -442,29 +444,24 @@ def shard_paths(folder, model):
 
 
 def stored_tensors(folder, model):
-    """({name: array}, the mappings) over all shards: mapped from the files, nothing is read yet.
-
-    bfloat16 comes as its uint16 bits.
-    """
-    arrays, mappings = {}, []
+    """{name: array} over all shards: mapped from the files, nothing is read yet. bfloat16 comes as its uint16 bits."""
+    arrays = {}
     for path in shard_paths(folder, model):
         try:
             with safetensors.safe_open(path, "np") as file:  # checks the header and that the file is whole
                 names = file.keys()
-            with open(path, "rb") as file:
-                mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            raw = np.memmap(path, np.uint8, "r")
         except FileNotFoundError:
             raise InputError(f"weights: {path} is missing") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
-        raw = np.frombuffer(mappings[-1], np.uint8)
         start = 8 + int(raw[:8].view("<u8")[0])  # the format: header length, JSON header, data
         header = json.loads(raw[8:start].tobytes())
         for name in names:
             begin, end = (start + offset for offset in header[name]["data_offsets"])
             dtype = DTYPES.get(header[name]["dtype"])
             arrays[name] = raw[begin:end].view(dtype).reshape(header[name]["shape"]) if dtype else header[name]["dtype"]
-    return {name: array for name, array in arrays.items() if not IGNORED_BUFFERS.search("." + name)}, mappings
+    return {name: array for name, array in arrays.items() if not IGNORED_BUFFERS.search("." + name)}
 
 
 def find_sources(shapes, stored, where):
@@ -495,17 +492,17 @@ def mismatch(shapes, stored, where):
 def check_weights(cfg):
     """Compare every file's tensors with `param_shapes` before anything is read; all that is wrong is told at once.
 
-    -> {model: (arrays and mappings of `stored_tensors`, sources of `find_sources`)}
+    -> {model: (`stored_tensors`, `find_sources`)}
     """
     checked, problems = {}, []
     for model, shapes in param_shapes(cfg).items():
         try:
-            stored, mappings = stored_tensors(cfg["weights"], model)
+            stored = stored_tensors(cfg["weights"], model)
         except InputError as error:
             problems.append(str(error).removeprefix("weights: "))
             continue
         sources, problem = find_sources(shapes, stored, pathlib.Path(cfg["weights"]) / model)
-        checked[model] = stored, mappings, sources
+        checked[model] = stored, sources
         problems += [problem] if problem else []
     if problems:
         raise InputError(f"weights: {'; '.join(problems)}")
@@ -596,7 +593,32 @@ def parameter(array, cfg):
     """An array as a Tensor of the dtype that cfg computes in."""
     tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
     dtype = tensor_dtype(cfg)
-    return tensor if dtype == tensor.dtype else tensor.astype(dtype)
+    if dtype != tensor.dtype:
+        return tensor.astype(dtype)
+    tensor.mapping = getattr(array, "_mmap", None)  # of an np.memmap
+    return tensor
+
+
+def release(tree):
+    """Give back the memory of parameters that are mapped from files: what is used again is read again."""
+    for mapping in {getattr(leaf, "mapping", None) for leaf in flatten(tree).values()} - {None}:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def in_own_memory(array):
+    """An array as a Tensor whose memory goes back with its last reference in Python; what shares it reads zeros then.
+
+    MindSpore would keep the arguments of a compiled function until that function's next call.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return Tensor.from_numpy(array)
+    pages = mmap.mmap(-1, array.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    own = np.frombuffer(pages, array.dtype).reshape(array.shape)
+    own[...] = array
+    tensor = Tensor.from_numpy(own)
+    weakref.finalize(tensor, pages.madvise, mmap.MADV_DONTNEED)
+    return tensor
 
 
 def random_params(cfg, seed):
@@ -620,7 +642,9 @@ def load_params(cfg):
     use_device(cfg)
     checked, params, broken = check_weights(cfg), {}, []
     with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
-        for model, (stored, mappings, sources) in checked.items():
+        for model in [*checked]:
+            stored, sources = checked.pop(model)
+
             def load(name):
                 array = read_parameter(name, stored, sources)
                 if not np.isfinite(array).all():
@@ -630,8 +654,7 @@ def load_params(cfg):
             arrays = pool.map(load, sources)
             # not in the pool: MindSpore sometimes dies when several threads convert a dtype
             params[model] = nest({name: parameter(array, cfg) for name, array in zip(sources, arrays)})
-            for mapping in mappings if hasattr(mmap, "MADV_DONTNEED") else ():
-                mapping.madvise(mmap.MADV_DONTNEED)  # out of memory again, until it is computed with
+            release(params[model])
     if broken:
         raise InputError(f"weights: NaN or Inf in {'; '.join(sorted(broken))}")
     return params

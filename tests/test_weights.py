@@ -1,6 +1,8 @@
 """Checkpoints as they occur: dtypes, shards, weight norm, damage; and the exact size of the published architecture."""
 import json
 import math
+import mmap
+import os
 import pathlib
 import shutil
 import sys
@@ -106,6 +108,34 @@ def test_shards_with_an_index(checkpoint, params):
     path.with_name("model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="model-00002-of-00002.safetensors is missing"):
         load(checkpoint)
+
+
+def share_in_memory(array):
+    """Of the pages that hold an array: 1.0 if they are all in this process's memory."""
+    if not os.path.exists("/proc/self/pagemap"):
+        pytest.skip("only Linux tells what is in memory")
+    first, last = array.ctypes.data // mmap.PAGESIZE, (array.ctypes.data + array.nbytes - 1) // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb") as file:  # of 8 bytes a page, the highest bit tells
+        file.seek(8 * first)
+        return (np.frombuffer(file.read(8 * (last + 1 - first)), "<u8") >> 63).mean()
+
+
+def test_released_parameters_leave_memory_and_come_back(checkpoint):
+    tree, stored = load(checkpoint)["vocoder"], load_file(checkpoint / VOCODER)
+    for _ in range(2):
+        assert all(share_in_memory(array) == 0 for _, array in leaves(tree))
+        for name, array in leaves(tree):
+            assert np.array_equal(array, stored[name]) and share_in_memory(array) == 1
+        weights.release(tree)
+
+
+def test_memory_of_its_own_goes_with_the_tensor():
+    array = np.arange(2 ** 20, dtype=np.float32).reshape(16, -1)
+    tensor = weights.in_own_memory(array)
+    own = tensor.asnumpy()
+    assert np.array_equal(own, array) and share_in_memory(own) == 1
+    del tensor
+    assert share_in_memory(own) == 0
 
 
 def test_random_params_are_seeded_and_shaped(params):
