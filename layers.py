@@ -57,7 +57,9 @@ def is_prompt(shape):
 
 def linear(x, weight, bias=None):
     """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, (O, I, 1, 1): channels are last."""
-    weight, rows = ops.Flatten()(weight), x if has_axes(x.shape, 2) else x.reshape(as_rows(x.shape))
+    if has_axes(weight.shape, 4):
+        weight = ops.Flatten()(weight)
+    rows = x if has_axes(x.shape, 2) else x.reshape(as_rows(x.shape))
     if is_prompt(x.shape):  # faster on a CPU, where oneDNN packs its second matrix anew each time
         y = ops.Transpose()(ops.MatMul(transpose_b=True)(weight, rows), (1, 0))
     else:

@@ -614,6 +614,8 @@ def in_own_memory(array):
     if not hasattr(mmap, "MADV_DONTNEED"):
         return Tensor.from_numpy(array)
     pages = mmap.mmap(-1, array.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # as NumPy does for its own: to be given a page takes longer than to fill it
     own = np.frombuffer(pages, array.dtype).reshape(array.shape)
     own[...] = array
     tensor = Tensor.from_numpy(own)

@@ -4,16 +4,22 @@
     python tests/parity.py                            # the cases of golden/
     python tests/parity.py CHECKPOINT REFERENCE.npz   # what make_golden.py CHECKPOINT REFERENCE.npz computed
     python tests/parity.py --schedulers CHECKPOINT [SECONDS]   # instead: how far fewer steps are from 200 of DDIM
+    python tests/parity.py --bfloat16 CHECKPOINT [SECONDS]     # instead: how far bfloat16 is from float32
 """
+import concurrent.futures
+import multiprocessing
 import pathlib
 import sys
+import types
 import warnings
 
 import numpy as np
+from mindspore import ops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from conftest import CASES, GOLDEN, case_config, case_options, relative_error  # noqa: E402
 
+import layers  # noqa: E402
 import musicldm  # noqa: E402
 import weights  # noqa: E402
 
@@ -47,10 +53,58 @@ def schedulers(checkpoint, seconds=2.56):
     print(f"\nFor scale, 200 steps of DDIM with another seed: {distance(mel('ddim', 200, seed=1))}")
 
 
+def rounded(x):
+    """float32 to the 8 significant bits of bfloat16 (Dekker, 1971): MindSpore leaves out a cast there and back."""
+    wide = x * (2 ** 16 + 1)
+    return wide - (wide - x)
+
+
+def matmul_of_rounded(transpose_b=False):
+    def product(a, b):
+        return ops.MatMul(transpose_b=transpose_b)(rounded(a), rounded(b))
+    return product
+
+
+def batch_matmul_of_rounded(transpose_b=False):
+    def product(a, b):
+        return ops.BatchMatMul(transpose_b=transpose_b)(rounded(a), rounded(b))
+    return product
+
+
+def latents_and_mels(checkpoint, seconds, seed, in_bfloat16):
+    """Of 20 and 200 steps; in bfloat16 as with AMX: the factors of every product rounded, sums in float32."""
+    if in_bfloat16:  # in a process of its own, as a compiler that has seen a module does not look again
+        layers.products_are_exact = lambda: False
+        layers.ops = sys.modules["rounding_ops"] = types.ModuleType("rounding_ops")
+        vars(layers.ops).update({**vars(ops), "__name__": "rounding_ops", "MatMul": matmul_of_rounded,
+                                 "BatchMatMul": batch_matmul_of_rounded})
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint)
+    params, arrays = weights.load_params(cfg), []
+    for steps in (20, 200):
+        latents = musicldm.generate(cfg, CASES["guided"]["prompt"], params, num_inference_steps=steps, seed=seed,
+                                    audio_length_in_s=float(seconds), output_type="latent")
+        arrays += [latents, musicldm.decode_latents(cfg, params, latents)]
+    return arrays
+
+
+def bfloat16(checkpoint, seconds=2.56):
+    """RMS distances of latents and log-mel from float32's, of bfloat16 as it would be with AMX and of another seed."""
+    def in_new_process(*given):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(latents_and_mels, checkpoint, seconds, *given).result()
+
+    names = [f"{what}, {steps} steps" for steps in (20, 200) for what in ("latents", "log-mel")]
+    print("| | bfloat16 | another seed |\n|---|---|---|")
+    for name, x, y, z in zip(names, *(in_new_process(*given) for given in ((0, False), (0, True), (1, False)))):
+        print(f"| {name} | " + " | ".join(f"{np.sqrt(np.mean((array - x) ** 2)):.4f}" for array in (y, z)) + " |")
+
+
 def main():
     warnings.simplefilter("ignore")
     if sys.argv[1:2] == ["--schedulers"]:
         return schedulers(*sys.argv[2:])
+    if sys.argv[1:2] == ["--bfloat16"]:
+        return bfloat16(*sys.argv[2:])
     path = sys.argv[2] if sys.argv[1:] else GOLDEN / "arrays.npz"
     names, params = ["guided"] if sys.argv[1:] else list(CASES), None
     print("| | prompt vector | latents, worst step | log-mel | waveform |\n|---|---|---|---|---|")
