@@ -799,7 +799,7 @@ def check_memory(cfg, shape, guided):
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
     levels = len(cfg["vae"]["block_out_channels"])
-    count = 7 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
+    count = 9 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
                             6 * h * w * 4 ** (levels - 1) * in_vae[1])
     count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
 
