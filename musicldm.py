@@ -968,7 +968,7 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
         if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
             array = layers.gathered_weight(array)
         else:  # a large weight is for an image of few tiles
-            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 21 else 2)
+            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 20 else 2)
             array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
         return as_tensor(np.ascontiguousarray(array))
 
