@@ -1001,6 +1001,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
         latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
         if callback is not None and i % sampling["callback_steps"] == 0:
             callback(i, int(timesteps[i]), latents.copy())
+    checkpoints.release(params["unet"])
     return latents
 
 
