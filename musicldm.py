@@ -956,6 +956,7 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
 
     What was prepared before stays as it is. `generate` does it in each call: for many calls, pass it
     {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes none of these.
+    as_tensor: makes a Tensor of each new array
     """
     if checkpoints.use_device(cfg) != "CPU":
         return params
@@ -984,7 +985,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise, sampling, callback: as in `generate`, noise as an iterator
     Raises InputError after a step that leaves NaN or Inf.
     """
-    checkpoints.release(params["text_encoder"])  # has done its work
+    checkpoints.release(params)  # the text tower has done its work
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
     unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
@@ -1001,7 +1002,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
         latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
         if callback is not None and i % sampling["callback_steps"] == 0:
             callback(i, int(timesteps[i]), latents.copy())
-    checkpoints.release(params["unet"])
+    checkpoints.release(params)
     return latents
 
 

@@ -600,16 +600,16 @@ def parameter(array, cfg):
 
 
 def release(tree):
-    """Give back the memory of parameters that are mapped from files: what is used again is read again."""
+    """Give back the memory of parameters that are mapped from files; they stay usable, and are read again when used."""
     for mapping in {getattr(leaf, "mapping", None) for leaf in flatten(tree).values()} - {None}:
         if hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def in_own_memory(array):
-    """An array as a Tensor whose memory goes back with its last reference in Python; what shares it reads zeros then.
+    """A copy as a Tensor whose memory goes back with its last reference in Python; what shares it reads zeros then.
 
-    MindSpore would keep the arguments of a compiled function until that function's next call.
+    For arguments of compiled functions: MindSpore would keep them until the function's next call.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return Tensor.from_numpy(array)
