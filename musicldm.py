@@ -973,9 +973,7 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
             array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
         return as_tensor(np.ascontiguousarray(array))
 
-    tree = checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
-    checkpoints.release(params)
-    return tree
+    return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
 
 
 def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
@@ -985,9 +983,9 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise, sampling, callback: as in `generate`, noise as an iterator
     Raises InputError after a step that leaves NaN or Inf.
     """
-    checkpoints.release(params)  # the text tower has done its work
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
+    checkpoints.release(params)  # the text tower and what was prepared have done their work
     unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
     unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
 

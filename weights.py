@@ -645,7 +645,7 @@ def load_params(cfg):
     checked, params, broken = check_weights(cfg), {}, []
     with ThreadPoolExecutor() as pool:  # the time goes into touching memory, which NumPy does outside Python's lock
         for model in [*checked]:
-            stored, sources = checked.pop(model)
+            stored, sources = checked.pop(model)  # so that no file stays mapped of which nothing is shared
 
             def load(name):
                 array = read_parameter(name, stored, sources)

@@ -59,25 +59,22 @@ def rounded(x):
     return wide - (wide - x)
 
 
-def matmul_of_rounded(transpose_b=False):
-    def product(a, b):
-        return ops.MatMul(transpose_b=transpose_b)(rounded(a), rounded(b))
-    return product
-
-
-def batch_matmul_of_rounded(transpose_b=False):
-    def product(a, b):
-        return ops.BatchMatMul(transpose_b=transpose_b)(rounded(a), rounded(b))
-    return product
+def of_rounded(primitive):
+    """ops.MatMul or ops.BatchMatMul with both factors rounded."""
+    def constructor(transpose_b=False):
+        def product(a, b):
+            return primitive(transpose_b=transpose_b)(rounded(a), rounded(b))
+        return product
+    return constructor
 
 
 def latents_and_mels(checkpoint, seconds, seed, in_bfloat16):
     """Of 20 and 200 steps; in bfloat16 as with AMX: the factors of every product rounded, sums in float32."""
-    if in_bfloat16:  # in a process of its own, as a compiler that has seen a module does not look again
+    if in_bfloat16:  # in a process of its own: what is compiled stays compiled
         layers.products_are_exact = lambda: False
         layers.ops = sys.modules["rounding_ops"] = types.ModuleType("rounding_ops")
-        vars(layers.ops).update({**vars(ops), "__name__": "rounding_ops", "MatMul": matmul_of_rounded,
-                                 "BatchMatMul": batch_matmul_of_rounded})
+        vars(layers.ops).update({**vars(ops), "__name__": "rounding_ops", "MatMul": of_rounded(ops.MatMul),
+                                 "BatchMatMul": of_rounded(ops.BatchMatMul)})
     cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint)
     params, arrays = weights.load_params(cfg), []
     for steps in (20, 200):
