@@ -1,17 +1,19 @@
 """The leaves and blocks that MusicLDM's models are built from, as pure MindSpore functions.
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
-sequence, C channels, I and O channels into and out of a layer, K taps of a convolution.
-Activations are channels-last everywhere: images are (N, H, W, C), sequences (N, L, C), or (N * L, C) beside their
-`shape` (N, L, C). A leaf returns its input's dtype. Parameters are the sub-dict of the checkpoint that holds a layer;
-leaves take its `weight` and `bias`. Arguments come in one order: data, conditioning, parameters, then keyword-only
-numbers.
+sequence, P positions of all N (N * H * W or N * L), C channels, I and O channels into and out of a layer, K taps of a
+convolution.
+Activations are rows, one a position: an image is (P, C) beside its shape (N, H, W), a sequence (P, C) beside (N, L).
+A leaf returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds a layer. Arguments come
+in one order: data, shape, conditioning, parameters, numbers.
 
 Some of the style is for MindSpore's compiler. It runs all that is in a graph symbolically for every new set of shapes,
-Python's own tuples and loops too: milliseconds for arithmetic on a shape, for unpacking or slicing a tuple, for the
-checks of a function in `ops` where there is a primitive. So shapes, indices and other constants come from constexpr
-functions, which are plain Python.
+Python's own tuples, branches and loops too: milliseconds for arithmetic on a shape, for a keyword argument, for a
+tuple of numbers that `reshape` has not met, for the checks of a function in `ops` where there is a primitive. So
+activations need no reshaping between layers, and shapes, indices and other constants come from constexpr functions,
+which are plain Python.
 """
+import functools
 import math
 import os
 import pathlib
@@ -40,33 +42,15 @@ def as_rows(shape):
     return -1, shape[-1]
 
 
-@constexpr
-def with_last(shape, last):
-    return *shape[:-1], last
+def linear(x, p):
+    """x (P, I), weight (O, I), bias (O,) if there is one -> (P, O)."""
+    y = ops.MatMul(transpose_b=True)(x, p["weight"])
+    return ops.BiasAdd()(y, p["bias"]) if "bias" in p else y
 
 
-@constexpr
-def has_axes(shape, number):
-    return len(shape) == number
-
-
-@constexpr
-def is_prompt(shape):
-    return 8 <= math.prod(shape[:-1]) < 64
-
-
-def linear(x, weight, bias=None):
-    """x (..., I), weight (O, I), bias (O,) -> (..., O). Also every 1x1 convolution, (O, I, 1, 1): channels are last."""
-    if has_axes(weight.shape, 4):
-        weight = ops.Flatten()(weight)
-    rows = x if has_axes(x.shape, 2) else x.reshape(as_rows(x.shape))
-    if is_prompt(x.shape):  # faster on a CPU, where oneDNN packs its second matrix anew each time
-        y = ops.Transpose()(ops.MatMul(transpose_b=True)(weight, rows), (1, 0))
-    else:
-        y = ops.MatMul(transpose_b=True)(rows, weight)
-    if bias is not None:
-        y = ops.BiasAdd()(y, bias)
-    return y if has_axes(x.shape, 2) else y.reshape(with_last(x.shape, weight.shape[0]))
+def conv1x1(x, p):
+    """x (P, I), weight (O, I, 1, 1) or another of I numbers an output, bias (O,) -> (P, O)."""
+    return ops.BiasAdd()(ops.MatMul(transpose_b=True)(x, ops.Flatten()(p["weight"])), p["bias"])
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
@@ -92,30 +76,24 @@ def transposed_length(length, kernel, stride):
 
 @constexpr
 def geometry2d(shape, stride, upsample_to, loop):
-    out_size = upsample_to or tuple((size - 1) // stride + 1 for size in shape[1:3])
-    return shape[0], shape[1:3], out_size, (3, 3), (stride, stride), (1, 1), (1, 1), 2 if upsample_to else 1, loop
+    out_size = upsample_to[1:] if upsample_to else tuple((size - 1) // stride + 1 for size in shape[1:])
+    return shape[0], shape[1:], out_size, (3, 3), (stride, stride), (1, 1), (1, 1), 2 if upsample_to else 1, loop
 
 
 @constexpr
 def geometry1d(shape, kernel, dilation):
-    """A sequence (N, L, C) is an image one pixel wide; the output is as long."""
-    n, l, _ = shape
+    """A sequence (N, L) is an image one pixel wide; the output is as long."""
+    n, l = shape
     return n, (l, 1), (l, 1), (kernel, 1), (1, 1), (dilation, 1), (dilation * (kernel - 1) // 2, 0), 1, False
 
 
 @constexpr
 def geometry_transposed1d(shape, kernel, stride):
     """For `conv_transpose1d`: an output position holds `stride` samples."""
-    n, l, _ = shape
+    n, l = shape
     first, taps = polyphase(kernel, stride)
     length = -(-transposed_length(l, kernel, stride) // stride)
     return n, (l, 1), (length, 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
-
-
-@constexpr
-def out_shape(shape, geometry, bias_shape):
-    """The shape (N, H, W, C) or (N, L, C) of the output for an input's shape."""
-    return shape[0], *geometry[2][:len(shape) - 2], bias_shape[0]
 
 
 def read_along(axis, place, geometry):
@@ -131,7 +109,6 @@ def int_tensor(array):
     return Tensor(array.astype(np.int32))
 
 
-@constexpr
 def tap_rows(geometry, channels):
     """For each block of output positions, int32 (positions, K): the row of the flattened input under each tap.
 
@@ -151,22 +128,18 @@ def tap_rows(geometry, channels):
     return result
 
 
-@constexpr
-def zero_row(shape, dtype):
-    return Tensor(np.zeros((1, shape[-1])), dtype)
-
-
-def with_zeros(x):
-    """The pixels of x (..., C) as rows, and a row of zeros after the last."""
-    return ops.Concat(0)((x.reshape(as_rows(x.shape)), zero_row(x.shape, x.dtype)))
+def zero_row(channels, dtype):
+    return Tensor(np.zeros((1, channels)), dtype)
 
 
 def in_blocks(function, x, rows):
     """What function(x, block) makes of all blocks of rows, one after the other: they share memory."""
+    if len(rows) == 1:
+        return function(x, rows[0])
     parts = ()
     for block in rows:
         parts = parts + (function(ops.Depend()(x, parts), block),)
-    return ops.Concat(0)(parts) if len(parts) > 1 else parts[0]
+    return ops.Concat(0)(parts)
 
 
 def gathered_weight(weight):
@@ -175,15 +148,21 @@ def gathered_weight(weight):
     return weight.reshape(o, i, -1).transpose(0, 2, 1).reshape(o, -1)
 
 
+@constexpr
+def gathered_constants(geometry, shape, dtype):
+    return zero_row(shape[1], dtype), tap_rows(geometry, shape[1])
+
+
 def gathered_convolution(x, weight, geometry):
     """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
 
-    x (N, H, W, I) or (N, L, I), weight (O, K * I) -> (N * H_out * W_out, O)
+    x (N * H * W, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
     def block(x, rows):
         return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
 
-    return in_blocks(block, with_zeros(x), tap_rows(geometry, x.shape[-1]))
+    zeros, rows = gathered_constants(geometry, x.shape, x.dtype)
+    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
 
 
 POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
@@ -206,6 +185,7 @@ def toom_cook(outputs, taps):
     return evaluation(outputs).T, evaluation(taps) / np.array(scale)[:, None], np.array(interpolation)
 
 
+@functools.cache
 def fast_filter(kernel, outputs):
     """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 8 outputs, always.
 
@@ -240,7 +220,6 @@ def fast_weight(weight, outputs):
     return ops.MatMul(transpose_b=True)(g, weight.reshape(taps)).reshape(laid_out)
 
 
-@constexpr
 def tile_rows(geometry, weight_shape):
     """For each block of tiles, what they read and where their outputs are, both int32.
 
@@ -278,28 +257,33 @@ def tile_rows(geometry, weight_shape):
 
 
 @constexpr
-def fast_transforms(geometry, weight_shape):
-    """B (products, inputs) and A (outputs, products) for flattened tiles, float32, and two shapes between the steps."""
+def fast_constants(geometry, weight_shape, dtype):
+    """(B, A, products, outputs, zeros, rows) of `fast_convolution`.
+
+    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; what
+    stands for pixels outside the image; and `tile_rows`.
+    """
     (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
     a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
-    return Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o)
+    return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o),
+            zero_row(i, dtype), tile_rows(geometry, weight_shape))
 
 
 def fast_convolution(x, weight, geometry):
     """The same, of stride 1, in two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
 
-    x (N, H, W, I) or (N, L, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
+    x (N * H * W, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
     The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
     is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    to_products, to_outputs, products, outputs = fast_transforms(geometry, weight.shape)
+    to_products, to_outputs, products, outputs, zeros, rows = fast_constants(geometry, weight.shape, x.dtype)
 
     def block(x, rows):
         tiles = ops.MatMul()(to_products, ops.Flatten()(ops.Gather()(x, rows[0], 0))).reshape(products)
         tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
         return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
 
-    return in_blocks(block, with_zeros(x), tile_rows(geometry, weight.shape))
+    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
 
 
 def native_convolution(x, weight, geometry):
@@ -322,11 +306,6 @@ def native_convolution(x, weight, geometry):
     return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
 
 
-@constexpr
-def on_cpu():
-    return mindspore.get_context("device_target") == "CPU"
-
-
 def products_are_exact():
     """Whether a CPU multiplies float32 numbers as they are.
 
@@ -338,42 +317,70 @@ def products_are_exact():
     return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
 
 
+def fast_from_checkpoint(x, weight, geometry):
+    # not before x is there, or all weights of a graph would be in memory at once
+    return fast_convolution(x, fast_weight(ops.Depend()(weight, x), 4), geometry)
+
+
+def gathered_from_checkpoint(x, weight, geometry):
+    return gathered_convolution(x, gathered_weight(weight), geometry)
+
+
 @constexpr
-def is_fast(weight_shape, dtype, geometry):
-    """Whether `fast_convolution` takes a weight: one prepared for it, or one of a checkpoint that it is good for."""
-    return len(weight_shape) == 3 or (
-        len(weight_shape) == 4 and dtype == float32 and geometry[4] == (1, 1) and products_are_exact())
+def way_to_convolve(shape, dtype, geometry):
+    """What of the above `convolution` is for a weight of this shape and dtype."""
+    if mindspore.get_context("device_target") != "CPU":
+        return native_convolution
+    if len(shape) < 4:
+        return fast_convolution if len(shape) == 3 else gathered_convolution
+    fast = dtype == float32 and geometry[4] == (1, 1) and products_are_exact()
+    return fast_from_checkpoint if fast else gathered_from_checkpoint
 
 
 def convolution(x, weight, geometry):
-    """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N * H_out * W_out, O).
+    """By the way that is fast on the device: x (N * H * W, I) -> (N * H_out * W_out, O).
 
     weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for many calls.
     """
-    if not on_cpu():
-        return native_convolution(x, weight, geometry)
-    if is_fast(weight.shape, weight.dtype, geometry):
-        if has_axes(weight.shape, 4):  # not before x is there, or all weights of a graph would be in memory at once
-            weight = fast_weight(ops.Depend()(weight, x), 4)
-        return fast_convolution(x, weight, geometry)
-    return gathered_convolution(x, gathered_weight(weight) if has_axes(weight.shape, 4) else weight, geometry)
+    return way_to_convolve(weight.shape, weight.dtype, geometry)(x, weight, geometry)
 
 
-def conv2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
-    """3x3 convolution with padding 1: x (N, H, W, I) -> (N, ceil(H / stride), ceil(W / stride), O).
+@constexpr
+def pyramid(shape, levels):
+    """The shapes (N, H, W) of an image (N, H, W, C) and of what `downsample` makes of it time after time."""
+    return tuple((shape[0], *(-(-size // 2 ** level) for size in shape[1:3])) for level in range(levels))
 
-    `upsample_to` (H_out, W_out) doubles the image first (nearest neighbour), cut to that size:
-    diffusers' Upsample2D with its `output_size`. With `loop` the padding in time is the other end of the image, which
-    `stride` must divide.
+
+@constexpr
+def doubled(shape):
+    return shape[0], *(2 * size for size in shape[1:])
+
+
+def conv2d(x, shape, p, loop):
+    """3x3 convolution with padding 1: x (N * H * W, I) -> (N * H * W, O).
+
+    With `loop` the padding in time is the other end of the image.
     """
-    geometry = geometry2d(x.shape, stride, upsample_to, loop)
-    return ops.BiasAdd()(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
+    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 1, None, loop)), p["bias"])
 
 
-def conv1d(x, weight, bias, *, kernel, dilation=1):
-    """x (N, L, I) -> (N, L, O), zero-padded to keep its length; `kernel` is odd."""
-    geometry, weight = geometry1d(x.shape, kernel, dilation), ops.ExpandDims()(weight, -1)
-    return ops.BiasAdd()(convolution(x, weight, geometry), bias).reshape(out_shape(x.shape, geometry, bias.shape))
+def downsample(x, shape, p, loop):
+    """`conv2d` with stride 2, which must divide H if it is a loop: (N * ceil(H / 2) * ceil(W / 2), O)."""
+    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 2, None, loop)), p["bias"])
+
+
+def upsample(x, shape, out_shape, p, loop):
+    """`conv2d` of the image doubled (nearest neighbour) and cut to out_shape (N, H_out, W_out): (N * H_out * W_out, O).
+
+    diffusers' Upsample2D with its `output_size`.
+    """
+    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 1, out_shape, loop)), p["bias"])
+
+
+def conv1d(x, shape, p, kernel, dilation):
+    """x (N * L, I) -> (N * L, O), zero-padded to keep its length; `kernel` is odd."""
+    weight = ops.ExpandDims()(p["weight"], -1)
+    return ops.BiasAdd()(convolution(x, weight, geometry1d(shape, kernel, dilation)), p["bias"])
 
 
 @constexpr
@@ -394,60 +401,63 @@ def polyphase_weight(weight, kernel, stride):
 
 
 @constexpr
-def whole_periods(shape, kernel, stride, bias_shape):
-    """The shape (N, L, O) of `conv_transpose1d`'s output with its last period of `stride` samples whole."""
-    return shape[0], -(-transposed_length(shape[1], kernel, stride) // stride) * stride, bias_shape[0]
+def upsampled(shape, kernel, stride):
+    """The shape (N, L) of `conv_transpose1d`'s output."""
+    return shape[0], transposed_length(shape[1], kernel, stride)
 
 
-def conv_transpose1d(x, weight, bias, *, kernel, stride):
-    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, transposed_length, O).
+@constexpr
+def whole_periods(shape, stride, channels):
+    """The shape (N, L, C) of a sequence with its last period of `stride` samples whole."""
+    return shape[0], -(-shape[1] // stride) * stride, channels
+
+
+def conv_transpose1d(x, shape, p, kernel, stride):
+    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N * L, I), weight (I, O, K) -> (N * transposed_length, O).
 
     As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
     transposed one.
     """
-    geometry, shape = geometry_transposed1d(x.shape, kernel, stride), whole_periods(x.shape, kernel, stride, bias.shape)
-    y = convolution(x, polyphase_weight(weight, kernel, stride), geometry).reshape(as_rows(shape))
-    y, length = ops.BiasAdd()(y, bias).reshape(shape), transposed_length(x.shape[1], kernel, stride)
-    return y[:, :length] if length < shape[1] else y
-
-
-@constexpr
-def over_positions(shape):
-    """What averages all positions of each image (N, ..., C), (N, positions of all)."""
-    n, *size, _ = shape
-    return Tensor(np.kron(np.eye(n), np.full(math.prod(size), 1 / math.prod(size))).astype(np.float32))
+    out_shape = upsampled(shape, kernel, stride)
+    whole = whole_periods(out_shape, stride, p["bias"].shape[0])
+    y = convolution(x, polyphase_weight(p["weight"], kernel, stride), geometry_transposed1d(shape, kernel, stride))
+    y = ops.BiasAdd()(y.reshape(as_rows(whole)), p["bias"])
+    if out_shape[1] == whole[1]:
+        return y
+    return y.reshape(whole)[:, :out_shape[1]].reshape(as_rows(whole))
 
 
 @constexpr
 def at_positions(shape, dtype):
-    """What repeats a row at all positions of each image (N, ..., C), (positions of all, N)."""
-    n, *size, _ = shape
-    return Tensor(np.kron(np.eye(n), np.ones((math.prod(size), 1))), dtype)
+    """What repeats a row at all positions of each image (N, H, W), (P, N)."""
+    return Tensor(np.kron(np.eye(shape[0]), np.ones((math.prod(shape[1:]), 1))), dtype)
 
 
 @constexpr
-def over_group(channels, groups):
-    """What averages the channels of each group, (C, C)."""
-    return Tensor(np.kron(np.eye(groups), np.full((channels // groups,) * 2, groups / channels)).astype(np.float32))
+def averages(shape, channels, groups):
+    """What averages all positions of each image (N, H, W), (N, P), and the channels of each group, (C, C)."""
+    positions, size = math.prod(shape[1:]), channels // groups
+    return (Tensor(np.kron(np.eye(shape[0]), np.full(positions, 1 / positions)).astype(np.float32)),
+            Tensor(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)))
 
 
-def group_norm(x, weight, bias, *, groups, eps):
-    """x (N, H, W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
+def group_norm(x, shape, p, groups, eps):
+    """x (N * H * W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
 
     Averages and repetitions are matrix products: the fast way on a CPU with channels last.
     """
-    average, repeat, group = over_positions(x.shape), at_positions(x.shape, float32), over_group(x.shape[3], groups)
-    rows = ops.Cast()(x.reshape(as_rows(x.shape)), float32)
-    mean = ops.MatMul()(ops.MatMul()(average, rows), group)
-    rows = rows - ops.MatMul()(repeat, mean)
-    variance = ops.MatMul()(ops.MatMul()(average, rows * rows), group)
-    rows = rows * ops.MatMul()(repeat, weight * ops.rsqrt(variance + eps))
-    return ops.BiasAdd()(ops.Cast()(rows, x.dtype), bias).reshape(x.shape)
+    average, group = averages(shape, p["weight"].shape[0], groups)
+    repeat = at_positions(shape, float32)
+    y = ops.Cast()(x, float32)
+    y = y - ops.MatMul()(repeat, ops.MatMul()(ops.MatMul()(average, y), group))
+    variance = ops.MatMul()(ops.MatMul()(average, y * y), group)
+    y = y * ops.MatMul()(repeat, p["weight"] * ops.rsqrt(variance + eps))
+    return ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"])
 
 
-def layer_norm(x, weight, bias, *, eps):
+def layer_norm(x, p, eps):
     """x (..., C), normalised over C (Ba et al., 2016)."""
-    return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
+    return ops.LayerNorm(-1, -1, eps)(x, p["weight"], p["bias"])[0]
 
 
 def gelu(x):
@@ -461,39 +471,30 @@ def tanh(x):
 
 
 @constexpr
-def swapped(n, a, b):
-    """The rows of (N, A, B) in the order of (N, B, A): on a CPU to gather rows is faster than to transpose them."""
-    return int_tensor(np.arange(n * a * b).reshape(n, a, b).transpose(0, 2, 1).reshape(-1))
+def head_order(shape, channels, heads):
+    """How `attend` splits rows (P, C) into heads, and joins them: on a CPU to gather is faster than to transpose.
+
+    The shape of the rows (P * heads, D) to gather from, int32 (N, heads, L), then int32 (P, heads); D ** -0.5; and how
+    many blocks the scores are computed in.
+    """
+    n, l = shape[0], math.prod(shape[1:])
+    order = np.arange(n * l * heads)
+    return ((-1, channels // heads), int_tensor(order.reshape(n, l, heads).transpose(0, 2, 1)),
+            int_tensor(order.reshape(n, heads, l).transpose(0, 2, 1).reshape(n * l, heads)),
+            (channels // heads) ** -0.5, blocks(n * heads * l * l))
 
 
-@constexpr
-def heads_apart(shape, heads):
-    n, l, c = shape
-    return n, heads, l, c // heads
-
-
-@constexpr
-def attention_blocks(shape):
-    n, heads, l, _ = shape
-    return blocks(n * heads * l * l)
-
-
-def split_heads(rows, shape):
-    """rows (N * L, C) -> shape (N, heads, L, C / heads)."""
-    return ops.Gather()(rows.reshape(as_rows(shape)), swapped(shape[0], shape[2], shape[1]), 0).reshape(shape)
-
-
-def attend(q, k, v, bias, *, shape, heads):
+def attend(q, k, v, shape, bias, heads):
     """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
 
-    q, k, v (N * L, C) of the shape (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N * L, C).
+    q, k, v (P, C) of N sequences of L positions; bias broadcasts to (N, heads, L, L), or is None -> (P, C).
     Vaswani et al., 2017, equation 1.
     """
-    apart = heads_apart(shape, heads)
-    count, scale = attention_blocks(apart), apart[3] ** -0.5
-    queries, k, v = split_heads(q * scale, apart), split_heads(k, apart), split_heads(v, apart)
-    y = attended(queries, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(queries, k, v, count)
-    return ops.Gather()(y.reshape(as_rows(apart)), swapped(apart[0], apart[1], apart[2]), 0).reshape(as_rows(shape))
+    split, apart, together, scale, count = head_order(shape, q.shape[1], heads)
+    q = ops.Gather()((q * scale).reshape(split), apart, 0)
+    k, v = ops.Gather()(k.reshape(split), apart, 0), ops.Gather()(v.reshape(split), apart, 0)
+    y = attended(q, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(q, k, v, count)
+    return ops.Flatten()(ops.Gather()(y.reshape(split), together, 0))
 
 
 def attended(q, k, v, bias):
@@ -517,69 +518,71 @@ def attended_by_blocks(q, k, v, count):
     return y.transpose(1, 2, 0, 3, 4).reshape(n, heads, count * size, d)[:, :, :l]
 
 
-def attention(x, p, *, shape, heads):
-    """diffusers' Attention without its norm: x (N * L, C) of the shape (N, L, C)."""
-    q, k, v = linear(x, **p["to_q"]), linear(x, **p["to_k"]), linear(x, **p["to_v"])
-    return linear(attend(q, k, v, None, shape=shape, heads=heads), **p["to_out.0"])
+def attention(x, shape, p, heads):
+    """diffusers' Attention without its norm: x (P, C)."""
+    y = attend(linear(x, p["to_q"]), linear(x, p["to_k"]), linear(x, p["to_v"]), shape, None, heads)
+    return linear(y, p["to_out.0"])
 
 
-def transformer_block(x, p, *, shape, heads):
-    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N * L, C) of the shape (N, L, C).
+def transformer_block(x, shape, p, heads):
+    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (P, C).
 
     There is no text sequence, so attn2 attends to x as attn1 does.
     """
-    x = x + attention(layer_norm(x, **p["norm1"], eps=1e-5), p["attn1"], shape=shape, heads=heads)
-    x = x + attention(layer_norm(x, **p["norm2"], eps=1e-5), p["attn2"], shape=shape, heads=heads)
-    halves = ops.Split(-1, 2)(linear(layer_norm(x, **p["norm3"], eps=1e-5), **p["ff"]["net.0.proj"]))
-    return x + linear(halves[0] * gelu(halves[1]), **p["ff"]["net.2"])
+    x = x + attention(layer_norm(x, p["norm1"], 1e-5), shape, p["attn1"], heads)
+    x = x + attention(layer_norm(x, p["norm2"], 1e-5), shape, p["attn2"], heads)
+    halves = ops.Split(-1, 2)(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
+    return x + linear(halves[0] * gelu(halves[1]), p["ff"]["net.2"])
 
 
-@constexpr
-def as_sequence(shape):
-    return shape[0], math.prod(shape[1:-1]), shape[-1]
+def spatial_transformer(x, shape, p, heads, groups):
+    """diffusers' Transformer2DModel (norm's eps 1e-6): x (N * H * W, C), attended to as H * W positions."""
+    y = conv1x1(group_norm(x, shape, p["norm"], groups, 1e-6), p["proj_in"])
+    return x + conv1x1(transformer_block(y, shape, p["transformer_blocks.0"], heads), p["proj_out"])
 
 
-def spatial_transformer(x, p, *, heads, groups):
-    """diffusers' Transformer2DModel (norm's eps 1e-6): x (N, H, W, C), attended to as H * W positions."""
-    y = group_norm(x, **p["norm"], groups=groups, eps=1e-6).reshape(as_rows(x.shape))
-    y = transformer_block(linear(y, **p["proj_in"]), p["transformer_blocks.0"], shape=as_sequence(x.shape), heads=heads)
-    return x + linear(y, **p["proj_out"]).reshape(x.shape)
+def image_attention(x, shape, p, groups):
+    """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N * H * W, C)."""
+    return x + attention(group_norm(x, shape, p["group_norm"], groups, 1e-6), shape, p, 1)
 
 
-def image_attention(x, p, *, groups):
-    """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N, H, W, C)."""
-    y = group_norm(x, **p["group_norm"], groups=groups, eps=1e-6).reshape(as_rows(x.shape))
-    return x + attention(y, p, shape=as_sequence(x.shape), heads=1).reshape(x.shape)
-
-
-def resnet(x, embedding, p, *, groups, eps, loop=False):
-    """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O).
+def resnet(x, shape, embedding, p, groups, eps, loop):
+    """diffusers' ResnetBlock2D: x (N * H * W, I) -> (N * H * W, O).
 
     embedding (N, E): silu of the embedding of time and class; None in the VAE
     """
-    y = conv2d(ops.silu(group_norm(x, **p["norm1"], groups=groups, eps=eps)), **p["conv1"], loop=loop)
-    if embedding is not None:
-        embedding = ops.MatMul()(at_positions(y.shape, y.dtype), linear(embedding, **p["time_emb_proj"]))
-        y = y + embedding.reshape(y.shape)
-    y = conv2d(ops.silu(group_norm(y, **p["norm2"], groups=groups, eps=eps)), **p["conv2"], loop=loop)
-    if "conv_shortcut" in p:
-        x = linear(x, **p["conv_shortcut"])
-    return x + y
+    y = conv2d(ops.silu(group_norm(x, shape, p["norm1"], groups, eps)), shape, p["conv1"], loop)
+    if "time_emb_proj" in p:
+        y = y + ops.MatMul()(at_positions(shape, y.dtype), linear(embedding, p["time_emb_proj"]))
+    y = conv2d(ops.silu(group_norm(y, shape, p["norm2"], groups, eps)), shape, p["conv2"], loop)
+    return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
 
 
-def bert_attention(x, bias, p, *, heads):
-    """transformers' RobertaAttention without its norm: x (N, L, C), bias as in `attend`."""
-    y = x.reshape(as_rows(x.shape))
-    q, k, v = (linear(y, **p["self"]["query"]), linear(y, **p["self"]["key"]), linear(y, **p["self"]["value"]))
-    return linear(attend(q, k, v, bias, shape=x.shape, heads=heads), **p["output"]["dense"]).reshape(x.shape)
+@constexpr
+def is_prompt(shape):
+    return 8 <= shape[0] < 64
 
 
-def bert_layer(x, bias, p, *, heads, eps):
-    """transformers' RobertaLayer (norms after the residuals): x (N, L, C), attention bias (N, 1, 1, L)."""
-    y = bert_attention(x, bias, p["attention"], heads=heads)
-    x = layer_norm(x + y, **p["attention"]["output"]["LayerNorm"], eps=eps)
-    y = linear(gelu(linear(x, **p["intermediate"]["dense"])), **p["output"]["dense"])
-    return layer_norm(x + y, **p["output"]["LayerNorm"], eps=eps)
+def bert_linear(x, p):
+    """`linear`, the other way round for the few rows of a prompt: faster on a CPU, where oneDNN packs its second
+    matrix anew each time."""
+    if is_prompt(x.shape):
+        return ops.BiasAdd()(ops.Transpose()(ops.MatMul(transpose_b=True)(p["weight"], x), (1, 0)), p["bias"])
+    return linear(x, p)
+
+
+def bert_attention(x, shape, bias, p, heads):
+    """transformers' RobertaAttention without its norm: x (N * L, C), bias as in `attend`."""
+    q, k, v = (bert_linear(x, p["self"]["query"]), bert_linear(x, p["self"]["key"]), bert_linear(x, p["self"]["value"]))
+    return bert_linear(attend(q, k, v, shape, bias, heads), p["output"]["dense"])
+
+
+def bert_layer(x, shape, bias, p, heads, eps):
+    """transformers' RobertaLayer (norms after the residuals): x (N * L, C), attention bias (N, 1, 1, L)."""
+    y = bert_attention(x, shape, bias, p["attention"], heads)
+    x = layer_norm(x + y, p["attention"]["output"]["LayerNorm"], eps)
+    y = bert_linear(gelu(bert_linear(x, p["intermediate"]["dense"])), p["output"]["dense"])
+    return layer_norm(x + y, p["output"]["LayerNorm"], eps)
 
 
 def relative_positions(window):
@@ -609,30 +612,33 @@ def windows(size, window, shift):
             Tensor(bias.astype(np.float32)))
 
 
-def swin_block(x, p, *, size, window, shift, heads, eps):
-    """transformers' ClapAudioLayer: x (N, size * size, C), each position attending to those in its window."""
-    n, l, c = x.shape
+def swin_block(x, shape, p, window, shift, heads, eps):
+    """transformers' ClapAudioLayer: x (N * size * size, C), each position attending to those in its window."""
+    n, size, _ = shape
     rows, inverse, places, parting = windows(size, window, shift)
-    y = ops.gather(layer_norm(x, **p["layernorm_before"], eps=eps), rows, 1).reshape(-1, window * window, c)
-    shape = (n, l // window ** 2, heads, window ** 2, window ** 2)
+    c, l, count = x.shape[1], window * window, size * size // (window * window)
+    y = layer_norm(x, p["layernorm_before"], eps).reshape(n, size * size, c)
+    y = ops.gather(y, rows, 1).reshape(-1, c)
     bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
-    bias = ops.broadcast_to(bias.reshape(1, 1, *shape[2:]), shape) + ops.broadcast_to(parting, shape)
-    y = bert_attention(y, bias.reshape(-1, *shape[2:]), p["attention"], heads=heads)
-    x = x + ops.gather(y.reshape(n, l, c), inverse, 1)
-    y = gelu(linear(layer_norm(x, **p["layernorm_after"], eps=eps), **p["intermediate"]["dense"]))
-    return x + linear(y, **p["output"]["dense"])
+    bias = (ops.broadcast_to(bias.reshape(1, 1, heads, l, l), (n, count, heads, l, l))
+            + ops.broadcast_to(parting, (n, count, heads, l, l)))
+    y = bert_attention(y, (n * count, l), bias.reshape(-1, heads, l, l), p["attention"], heads)
+    x = x + ops.gather(y.reshape(n, size * size, c), inverse, 1).reshape(-1, c)
+    y = gelu(linear(layer_norm(x, p["layernorm_after"], eps), p["intermediate"]["dense"]))
+    return x + linear(y, p["output"]["dense"])
 
 
-def patch_merging(x, p, *, size):
-    """transformers' ClapAudioPatchMerging: x (N, size * size, C) -> (N, size * size / 4, 2 C)."""
-    n, _, c = x.shape
-    x = x.reshape(n, size // 2, 2, size // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(n, -1, 4 * c)
-    return linear(layer_norm(x, **p["norm"], eps=1e-5), **p["reduction"])
+def patch_merging(x, shape, p):
+    """transformers' ClapAudioPatchMerging: x (N * size * size, C) -> (N * size * size / 4, 2 C)."""
+    n, size, _ = shape
+    c = x.shape[1]
+    x = x.reshape(n, size // 2, 2, size // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(-1, 4 * c)
+    return linear(layer_norm(x, p["norm"], 1e-5), p["reduction"])
 
 
-def hifigan_block(x, p, *, kernel, dilations, slope):
-    """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
+def hifigan_block(x, shape, p, kernel, dilations, slope):
+    """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N * L, C)."""
     for i in range(len(dilations)):
-        y = conv1d(ops.leaky_relu(x, slope), **p[nth("convs1", i)], kernel=kernel, dilation=dilations[i])
-        x = x + conv1d(ops.leaky_relu(y, slope), **p[nth("convs2", i)], kernel=kernel)
+        y = conv1d(ops.leaky_relu(x, slope), shape, p[nth("convs1", i)], kernel, dilations[i])
+        x = x + conv1d(ops.leaky_relu(y, slope), shape, p[nth("convs2", i)], kernel, 1)
     return x

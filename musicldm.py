@@ -36,8 +36,9 @@ from PIL import Image, ImageDraw
 
 import layers
 import weights as checkpoints
-from layers import (BLOCK, bert_layer, conv1d, conv2d, conv_transpose1d, group_norm, hifigan_block, image_attention,
-                    layer_norm, linear, nth, patch_merging, polyphase, resnet, spatial_transformer, swin_block, tanh)
+from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_transpose1d, doubled, downsample,
+                    group_norm, hifigan_block, image_attention, layer_norm, linear, nth, patch_merging, polyphase,
+                    pyramid, resnet, spatial_transformer, swin_block, tanh, upsample, upsampled)
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -266,15 +267,14 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
 
     transformers' ClapModel.get_text_features, before it is normalised.
     """
-    p = text_model["embeddings"]
+    p, eps, shape = text_model["embeddings"], cfg["layer_norm_eps"], ids.shape
     x = (ops.gather(p["word_embeddings"]["weight"], ids, 0) + p["token_type_embeddings"]["weight"][0]
          + ops.gather(p["position_embeddings"]["weight"], positions, 0))
-    x = layer_norm(x, **p["LayerNorm"], eps=cfg["layer_norm_eps"])
+    x = layer_norm(x.reshape(as_rows(x.shape)), p["LayerNorm"], eps)
     for i in range(cfg["num_hidden_layers"]):
-        x = bert_layer(x, bias, text_model["encoder"][nth("layer", i)], heads=cfg["num_attention_heads"],
-                       eps=cfg["layer_norm_eps"])
-    x = tanh(linear(x[:, 0], **text_model["pooler"]["dense"]))
-    return linear(ops.relu(linear(x, **text_projection["linear1"])), **text_projection["linear2"])
+        x = bert_layer(x, shape, bias, text_model["encoder"][nth("layer", i)], cfg["num_attention_heads"], eps)
+    x = tanh(linear(x.reshape(*shape, -1)[:, 0], text_model["pooler"]["dense"]))
+    return linear(ops.relu(linear(x, text_projection["linear1"])), text_projection["linear2"])
 
 
 @mindspore.jit
@@ -287,22 +287,22 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
     n, frames, mels = x.shape
     p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
     x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
-    p, size = audio_encoder["patch_embed.proj"], cfg["spec_size"] // patch
+    size = cfg["spec_size"] // patch
     # successive parts of the time axis come one below the other in the image
     x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    x = linear(x.reshape(n, size * size, patch * patch), p["weight"].reshape(-1, patch * patch), p["bias"])
-    x = layer_norm(x, **audio_encoder["patch_embed"]["norm"], eps=1e-5)
+    x = conv1x1(x.reshape(n * size * size, patch * patch), audio_encoder["patch_embed.proj"])
+    x = layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
     for stage in range(len(cfg["depths"])):
         p = audio_encoder[nth("layers", stage)]
         for i in range(cfg["depths"][stage]):
-            x = swin_block(x, p[nth("blocks", i)], size=size, window=window, eps=cfg["layer_norm_eps"],
-                           shift=window // 2 if i % 2 == 1 and size > window else 0,
-                           heads=cfg["num_attention_heads"][stage])
+            x = swin_block(x, (n, size, size), p[nth("blocks", i)], window,
+                           window // 2 if i % 2 == 1 and size > window else 0, cfg["num_attention_heads"][stage],
+                           cfg["layer_norm_eps"])
         if "downsample" in p:
-            x = patch_merging(x, p["downsample"], size=size)
+            x = patch_merging(x, (n, size, size), p["downsample"])
             size = size // 2
-    x = layer_norm(x, **audio_encoder["norm"], eps=1e-5).mean(1)
-    return linear(ops.relu(linear(x, **audio_projection["linear1"])), **audio_projection["linear2"])
+    x = layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, size * size, -1).mean(1)
+    return linear(ops.relu(linear(x, audio_projection["linear1"])), audio_projection["linear2"])
 
 
 def unet(x, timestep, class_labels, p, cfg, loop):
@@ -313,41 +313,42 @@ def unet(x, timestep, class_labels, p, cfg, loop):
     """
     channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
                                      cfg["norm_eps"])
-    levels, heads = len(channels), cfg["attention_head_dim"]
-    embedding = linear(timestep, **p["time_embedding"]["linear_1"])
-    embedding = linear(ops.silu(embedding), **p["time_embedding"]["linear_2"])
-    embedding = ops.silu(ops.cat((ops.broadcast_to(embedding, (x.shape[0], embedding.shape[1])),
-                                  linear(class_labels, **p["class_embedding"])), -1))
+    levels, heads, image = len(channels), cfg["attention_head_dim"], x.shape
+    shapes = pyramid(image, levels)
+    embedding = linear(timestep, p["time_embedding"]["linear_1"])
+    embedding = linear(ops.silu(embedding), p["time_embedding"]["linear_2"])
+    embedding = ops.silu(ops.Concat(1)((ops.broadcast_to(embedding, (image[0], embedding.shape[1])),
+                                       linear(class_labels, p["class_embedding"]))))
 
-    x = conv2d(x, **p["conv_in"], loop=loop)
+    x = conv2d(x.reshape(as_rows(image)), shapes[0], p["conv_in"], loop)
     skips = (x,)
     for level in range(levels):
-        block = p[nth("down_blocks", level)]
+        block, shape = p[nth("down_blocks", level)], shapes[level]
         for i in range(layers):
-            x = resnet(x, embedding, block[nth("resnets", i)], groups=groups, eps=eps, loop=loop)
+            x = resnet(x, shape, embedding, block[nth("resnets", i)], groups, eps, loop)
             if "attentions.0" in block:
-                x = spatial_transformer(x, block[nth("attentions", i)], heads=heads[level], groups=groups)
+                x = spatial_transformer(x, shape, block[nth("attentions", i)], heads[level], groups)
             skips = skips + (x,)
         if "downsamplers.0" in block:
-            x = conv2d(x, **block["downsamplers.0"]["conv"], stride=2, loop=loop)
+            x = downsample(x, shape, block["downsamplers.0"]["conv"], loop)
             skips = skips + (x,)
 
-    block = p["mid_block"]
-    x = resnet(x, embedding, block["resnets.0"], groups=groups, eps=eps, loop=loop)
-    x = spatial_transformer(x, block["attentions.0"], heads=heads[-1], groups=groups)
-    x = resnet(x, embedding, block["resnets.1"], groups=groups, eps=eps, loop=loop)
+    block, shape = p["mid_block"], shapes[-1]
+    x = resnet(x, shape, embedding, block["resnets.0"], groups, eps, loop)
+    x = spatial_transformer(x, shape, block["attentions.0"], heads[-1], groups)
+    x = resnet(x, shape, embedding, block["resnets.1"], groups, eps, loop)
 
     for level in range(levels):
-        block = p[nth("up_blocks", level)]
+        block, shape = p[nth("up_blocks", level)], shapes[-1 - level]
         for i in range(layers + 1):
-            x = resnet(ops.cat((x, skips[-1]), -1), embedding, block[nth("resnets", i)], groups=groups, eps=eps,
-                       loop=loop)
+            x = resnet(ops.Concat(1)((x, skips[-1])), shape, embedding, block[nth("resnets", i)], groups, eps, loop)
             skips = skips[:-1]
             if "attentions.0" in block:
-                x = spatial_transformer(x, block[nth("attentions", i)], heads=heads[-1 - level], groups=groups)
+                x = spatial_transformer(x, shape, block[nth("attentions", i)], heads[-1 - level], groups)
         if "upsamplers.0" in block:
-            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=skips[-1].shape[1:3], loop=loop)
-    return conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=eps)), **p["conv_out"], loop=loop)
+            x = upsample(x, shape, shapes[-2 - level], block["upsamplers.0"]["conv"], loop)
+    x = ops.silu(group_norm(x, shapes[0], p["conv_norm_out"], groups, eps))
+    return conv2d(x, shapes[0], p["conv_out"], loop).reshape(image)
 
 
 @mindspore.jit
@@ -365,22 +366,22 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
 @mindspore.jit
 def vae_decode(x, p, cfg, loop):
     """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
-    groups, levels = cfg["norm_num_groups"], len(cfg["block_out_channels"])
-    x = linear(x, **p["post_quant_conv"])
+    groups, levels, shape = cfg["norm_num_groups"], len(cfg["block_out_channels"]), x.shape[:3]
+    x = conv1x1(x.reshape(as_rows(x.shape)), p["post_quant_conv"])
     p = p["decoder"]
-    x = conv2d(x, **p["conv_in"], loop=loop)
-    x = resnet(x, None, p["mid_block"]["resnets.0"], groups=groups, eps=1e-6, loop=loop)
-    x = image_attention(x, p["mid_block"]["attentions.0"], groups=groups)
-    x = resnet(x, None, p["mid_block"]["resnets.1"], groups=groups, eps=1e-6, loop=loop)
+    x = conv2d(x, shape, p["conv_in"], loop)
+    x = resnet(x, shape, None, p["mid_block"]["resnets.0"], groups, 1e-6, loop)
+    x = image_attention(x, shape, p["mid_block"]["attentions.0"], groups)
+    x = resnet(x, shape, None, p["mid_block"]["resnets.1"], groups, 1e-6, loop)
     for level in range(levels):
         block = p[nth("up_blocks", level)]
         for i in range(cfg["layers_per_block"] + 1):
-            x = resnet(x, None, block[nth("resnets", i)], groups=groups, eps=1e-6, loop=loop)
+            x = resnet(x, shape, None, block[nth("resnets", i)], groups, 1e-6, loop)
         if "upsamplers.0" in block:
-            x = conv2d(x, **block["upsamplers.0"]["conv"], upsample_to=(2 * x.shape[1], 2 * x.shape[2]),
-                       loop=loop)
-    x = conv2d(ops.silu(group_norm(x, **p["conv_norm_out"], groups=groups, eps=1e-6)), **p["conv_out"], loop=loop)
-    return x.reshape(x.shape[:3])
+            x = upsample(x, shape, doubled(shape), block["upsamplers.0"]["conv"], loop)
+            shape = doubled(shape)
+    x = ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, 1e-6))
+    return conv2d(x, shape, p["conv_out"], loop).reshape(shape)
 
 
 @mindspore.jit
@@ -392,19 +393,21 @@ def hifigan(mel, p, cfg):
     kernels, dilations, slope = cfg["resblock_kernel_sizes"], cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
     if cfg["normalize_before"]:
         mel = (mel - p["mean"]) / p["scale"]
-    x = conv1d(mel, **p["conv_pre"], kernel=7)
+    shape = mel.shape[:2]
+    x = conv1d(mel.reshape(as_rows(mel.shape)), shape, p["conv_pre"], 7, 1)
     for i in range(len(cfg["upsample_rates"])):
-        x = conv_transpose1d(ops.leaky_relu(x, slope), **p[nth("upsampler", i)],
-                             kernel=cfg["upsample_kernel_sizes"][i], stride=cfg["upsample_rates"][i])
+        kernel, stride = cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i]
+        x = conv_transpose1d(ops.leaky_relu(x, slope), shape, p[nth("upsampler", i)], kernel, stride)
+        shape = upsampled(shape, kernel, stride)
         total = 0.0
         for j in range(len(kernels)):
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
-            total = total + hifigan_block(y, p[nth("resblocks", i * len(kernels) + j)], kernel=kernels[j],
-                                          dilations=dilations[j], slope=slope)
+            total = total + hifigan_block(y, shape, p[nth("resblocks", i * len(kernels) + j)], kernels[j],
+                                          dilations[j], slope)
         x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
-    x = conv1d(ops.leaky_relu(x, 0.01), **p["conv_post"], kernel=7)
-    return tanh(x.reshape(x.shape[:2]))
+    x = conv1d(ops.leaky_relu(x, 0.01), shape, p["conv_post"], 7, 1)
+    return tanh(x.reshape(shape))
 
 
 # --------------------------------------------------------------------------------------------------------- schedulers

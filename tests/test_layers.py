@@ -19,6 +19,14 @@ def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
+def rows(x):
+    return Tensor(x.reshape(-1, x.shape[-1]))
+
+
+def layer(weight, bias):
+    return {"weight": Tensor(weight), "bias": Tensor(bias)}
+
+
 WAYS = {"gathered": 1e-6, "fast 2": 1e-6, "fast 4": 1e-5, "native": 1e-6}  # and how far they may be from SciPy
 
 
@@ -27,7 +35,7 @@ def way(request, monkeypatch):
     """Convolutions go this way, but that one with a stride is never "fast"."""
     fast_weight = layers.fast_weight
     if request.param == "native":
-        monkeypatch.setattr(layers, "on_cpu", lambda: False)
+        monkeypatch.setattr(layers, "way_to_convolve", lambda *_: layers.native_convolution)
     if request.param == "gathered":
         monkeypatch.setattr(layers, "fast_convolution", layers.gathered_convolution)
         monkeypatch.setattr(layers, "fast_weight", lambda weight, outputs: layers.gathered_weight(weight))
@@ -37,7 +45,7 @@ def way(request, monkeypatch):
 
 
 def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
-    """x (N, H, W, I), weight (O, I, 3, 3): what conv2d documents, from SciPy."""
+    """x (N, H, W, I), weight (O, I, 3, 3): what `convolved` computes, from SciPy."""
     if upsample_to is not None:
         x = x.repeat(2, axis=1).repeat(2, axis=2)[:, :upsample_to[0], :upsample_to[1]]
     x = np.pad(np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0))), ((0, 0), (1, 1), (0, 0), (0, 0)),
@@ -45,6 +53,17 @@ def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     y = np.stack([[sum(signal.correlate2d(image[..., i], kernel[i], mode="valid") for i in range(len(kernel)))
                    for kernel in weight] for image in x])
     return y.transpose(0, 2, 3, 1)[:, ::stride, ::stride] + bias
+
+
+def convolved(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
+    """conv2d, downsample or upsample of an image (N, H, W, C)."""
+    shape, p = x.shape[:3], layer(weight, bias)
+    if upsample_to is not None:
+        y = layers.upsample(rows(x), shape, (len(x), *upsample_to), p, loop)
+    else:
+        y = (layers.downsample if stride == 2 else layers.conv2d)(rows(x), shape, p, loop)
+    height, width = upsample_to or (-(-size // stride) for size in shape[1:])
+    return y.asnumpy().reshape(len(x), height, width, -1)
 
 
 @pytest.mark.parametrize("size, options", [
@@ -56,8 +75,7 @@ def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
 ])
 def test_conv2d(size, options, way):
     x, weight, bias = normal(2, *size, 3), normal(5, 3, 3, 3), normal(5)
-    y = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options)
-    assert relative_error(y.asnumpy(), correlate2d(x, weight, bias, **options)) < WAYS[way]
+    assert relative_error(convolved(x, weight, bias, **options), correlate2d(x, weight, bias, **options)) < WAYS[way]
 
 
 @pytest.mark.parametrize("mode, flags, exact", [
@@ -72,13 +90,12 @@ def test_products_in_bfloat16_are_not_for_the_fast_way(mode, flags, exact, monke
     if mode:
         monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
     monkeypatch.setattr(layers, "fast_convolution", None)
-    x, weight, bias = Tensor(normal(1, 4, 4, 3)), Tensor(normal(5, 3, 3, 3)), Tensor(normal(5))
+    x, weight, bias = normal(1, 4, 4, 3), normal(5, 3, 3, 3), normal(5)
     if exact:
         with pytest.raises(TypeError):
-            layers.conv2d(x, weight, bias)
+            convolved(x, weight, bias)
     else:
-        assert relative_error(layers.conv2d(x, weight, bias).asnumpy(),
-                              correlate2d(x.asnumpy(), weight.asnumpy(), bias.asnumpy())) < 1e-6
+        assert relative_error(convolved(x, weight, bias), correlate2d(x, weight, bias)) < 1e-6
 
 
 @pytest.mark.parametrize("kernel, outputs, products", [(1, 4, 1), (3, 2, 4), (3, 4, 6), (4, 4, 7), (5, 4, 21), (7, 4, 21),
@@ -96,49 +113,57 @@ def test_fast_filters_correlate(kernel, outputs, products):
 @pytest.mark.parametrize("options", [{"stride": 2}, {"upsample_to": (13, 5)}, {"loop": True}])
 def test_convolution_by_blocks(options, way, n, block, monkeypatch):
     x, weight, bias = normal(n, 7, 3, 2), normal(4, 2, 3, 3), normal(4)
-    whole = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options).asnumpy()
-    sizes, gather = [], ops.gather
+    whole = convolved(x, weight, bias, **options)
+    sizes, gather = [], ops.Gather()
     monkeypatch.setattr(layers, "BLOCK", block)
-    monkeypatch.setattr(layers.ops, "gather", lambda x, rows, axis: sizes.append(rows.size * 2) or gather(x, rows, axis))
-    y = layers.conv2d(Tensor(x), Tensor(weight), Tensor(bias), **options).asnumpy()
+    monkeypatch.setattr(layers.ops, "Gather", lambda: lambda x, rows, axis: (
+        sizes.append(rows.size * x.shape[1]), gather(x, rows, axis))[1])
+    y = convolved(x, weight, bias, **options)
     assert relative_error(y, whole) < 1e-6 and relative_error(y, correlate2d(x, weight, bias, **options)) < WAYS[way]
+    assert (way == "native") == (not sizes)
     assert max(sizes, default=0) <= block + 36 * 2 * 3  # a row of 3 tiles is not split
 
 
 @pytest.mark.parametrize("kernel, dilation", [(3, 1), (7, 1), (3, 5), (11, 3)])
 def test_conv1d(kernel, dilation, way):
     x, weight, bias = normal(2, 13, 3), normal(5, 3, kernel), normal(5)
-    y = layers.conv1d(Tensor(x), Tensor(weight), Tensor(bias), kernel=kernel, dilation=dilation)
+    y = layers.conv1d(rows(x), (2, 13), layer(weight, bias), kernel, dilation).asnumpy().reshape(2, 13, 5)
     spread = np.zeros((5, 3, dilation * (kernel - 1) + 1), np.float32)
     spread[..., ::dilation] = weight
     half = dilation * (kernel - 1) // 2
     padded = np.pad(x, ((0, 0), (half, half), (0, 0)))
     expected = np.stack([[sum(signal.correlate(clip[:, i], taps[i], mode="valid") for i in range(3)) for taps in spread]
                          for clip in padded]).transpose(0, 2, 1) + bias
-    assert relative_error(y.asnumpy(), expected) < WAYS[way]
+    assert relative_error(y, expected) < WAYS[way]
 
 
 @pytest.mark.parametrize("kernel, stride", [(16, 5), (16, 4), (8, 2), (4, 2), (16, 8), (3, 1), (5, 3)])
 def test_conv_transpose1d(kernel, stride, way):
     x, weight, bias = normal(2, 7, 3), normal(3, 4, kernel), normal(4)
-    y = layers.conv_transpose1d(Tensor(x), Tensor(weight), Tensor(bias), kernel=kernel, stride=stride)
+    y = layers.conv_transpose1d(rows(x), (2, 7), layer(weight, bias), kernel, stride).asnumpy()
     spread = np.zeros((2, 6 * stride + 1, 3))
     spread[:, ::stride] = x
     padding = (kernel - stride) // 2
     full = np.stack([[sum(np.convolve(clip[:, i], weight[i, o]) for i in range(3)) for o in range(4)] for clip in spread])
     expected = full[:, :, padding:full.shape[2] - padding].transpose(0, 2, 1) + bias
-    assert relative_error(y.asnumpy(), expected) < WAYS[way]
+    assert layers.upsampled((2, 7), kernel, stride) == expected.shape[:2]
+    assert relative_error(y.reshape(expected.shape), expected) < WAYS[way]
 
 
-def test_linear():
-    x, weight, bias = normal(2, 3, 4), normal(5, 4), normal(5)
-    assert relative_error(layers.linear(Tensor(x), Tensor(weight), Tensor(bias)).asnumpy(), x @ weight.T + bias) < 1e-6
+@pytest.mark.parametrize("n", [2, 8, 63, 64])
+def test_linear(n):
+    x, weight, bias = normal(n, 4), normal(5, 4), normal(5)
+    for linear in (layers.linear, layers.bert_linear):
+        assert relative_error(linear(Tensor(x), layer(weight, bias)).asnumpy(), x @ weight.T + bias) < 1e-6
+    assert relative_error(layers.linear(Tensor(x), {"weight": Tensor(weight)}).asnumpy(), x @ weight.T) < 1e-6
+    image = weight.reshape(5, 4, 1, 1)
+    assert relative_error(layers.conv1x1(Tensor(x), layer(image, bias)).asnumpy(), x @ weight.T + bias) < 1e-6
 
 
 @pytest.mark.parametrize("offset", [0, 3, 300])
 def test_group_norm(offset):
     x, weight, bias = normal(2, 30, 4, 6) * np.float32(0.5) + np.float32(offset), normal(6), normal(6)
-    y = layers.group_norm(Tensor(x), Tensor(weight), Tensor(bias), groups=3, eps=1e-5).asnumpy()
+    y = layers.group_norm(rows(x), x.shape[:3], layer(weight, bias), 3, 1e-5).asnumpy().reshape(x.shape)
     groups = x.astype(np.float64).reshape(2, 120, 3, 2)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     expected = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * weight + bias
@@ -147,7 +172,7 @@ def test_group_norm(offset):
 
 def test_group_norm_of_a_constant_is_its_bias():
     x, weight, bias = np.full((1, 30, 4, 6), 3.3, np.float32), normal(6), normal(6)
-    y = layers.group_norm(Tensor(x), Tensor(weight), Tensor(bias), groups=3, eps=1e-6).asnumpy()
+    y = layers.group_norm(rows(x), x.shape[:3], layer(weight, bias), 3, 1e-6).asnumpy()
     assert np.abs((y - bias) / weight).max() < 5e-3
 
 
@@ -155,7 +180,7 @@ def test_layer_norm():
     x, weight, bias = normal(2, 3, 8), normal(8), normal(8)
     wide = x.astype(np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) * weight + bias
-    assert relative_error(layers.layer_norm(Tensor(x), Tensor(weight), Tensor(bias), eps=1e-5).asnumpy(), expected) < 1e-6
+    assert relative_error(layers.layer_norm(Tensor(x), layer(weight, bias), 1e-5).asnumpy(), expected) < 1e-6
 
 
 def test_gelu_is_exact():
@@ -175,15 +200,11 @@ def attend_by_scipy(q, k, v, bias, heads):
     return (special.softmax(scores, axis=-1) @ split[2]).transpose(0, 2, 1, 3).reshape(q.shape)
 
 
-def rows(*arrays):
-    return [Tensor(x.reshape(-1, x.shape[-1])) for x in arrays]
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend(masked):
     q, k, v = normal(2, 5, 6), normal(2, 5, 6), normal(2, 5, 6)
     bias = np.where(np.arange(5) < 3, 0, -65504).astype(np.float32)[None, None, None] if masked else None
-    y = layers.attend(*rows(q, k, v), None if bias is None else Tensor(bias), shape=q.shape, heads=3).asnumpy()
+    y = layers.attend(rows(q), rows(k), rows(v), (2, 5), None if bias is None else Tensor(bias), 3).asnumpy()
     assert relative_error(y, attend_by_scipy(q, k, v, bias, 3).reshape(y.shape)) < 2e-6
 
 
@@ -193,9 +214,9 @@ def test_attend_by_blocks(l, block, monkeypatch):
     monkeypatch.setattr(layers, "BLOCK", block)
     q, k, v = normal(2, l, 6), normal(2, l, 6), normal(2, l, 6)
     expected = attend_by_scipy(q, k, v, None, 3).reshape(-1, 6)
-    in_graph = mindspore.jit(layers.attend)(*rows(q, k, v), None, shape=q.shape, heads=3)
+    in_graph = mindspore.jit(layers.attend)(rows(q), rows(k), rows(v), (2, l), None, 3)
     monkeypatch.setattr(layers, "attended", lambda q, *others: sizes.append(q.shape[2]) or attended(q, *others))
-    y = layers.attend(*rows(q, k, v), None, shape=q.shape, heads=3)
+    y = layers.attend(rows(q), rows(k), rows(v), (2, l), None, 3)
     assert max(relative_error(x.asnumpy(), expected) for x in (y, in_graph)) < 2e-6
     assert max(sizes) <= -(-block // (6 * l)) and len(sizes) * max(sizes) >= l
 
