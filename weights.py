@@ -5,6 +5,7 @@ only nested dicts under the checkpoint's own names, and tensors in its shapes: t
 name in the file. A number stays with the word before it (`params["unet"]["down_blocks.0"]`, `"net.0.proj"`), because
 a MindSpore graph takes dicts at most six deep.
 """
+import functools
 import json
 import math
 import mmap
@@ -223,12 +224,21 @@ def byte_characters():
 
 
 def load_vocabulary(cfg):
-    """({token: id}, {"a b": rank of joining a and b}) of the checkpoint; for random weights the bytes alone."""
+    """({token: id}, {"a b": rank of joining a and b}) of the checkpoint; for random weights the bytes alone.
+
+    Not to be changed: as long as the files stay as they are, it is the same.
+    """
     if cfg["weights"] == RANDOM:
         return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
-    vocab_path, merges_path = (pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES)
+    paths = [pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES]
+    written = tuple(path.stat().st_mtime_ns if path.exists() else None for path in paths)
+    return read_vocabulary(*paths, cfg["text_encoder"]["text_config"]["vocab_size"], written)
+
+
+@functools.lru_cache(1)  # reading takes a quarter of the time of encoding a prompt
+def read_vocabulary(vocab_path, merges_path, size, written):
+    """`load_vocabulary` of files that were written at some time; the ids are to be below `size`."""
     vocab = read_json(vocab_path)
-    size = cfg["text_encoder"]["text_config"]["vocab_size"]
     if not isinstance(vocab, dict) or not ({*map(type, vocab.values())} == {int}
                                         and 0 <= min(vocab.values()) and max(vocab.values()) < size):
         raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")

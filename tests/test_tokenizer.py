@@ -1,5 +1,6 @@
 """The tokenizer against transformers' RobertaTokenizer (stored ids) and the random model's byte vocabulary."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -31,6 +32,20 @@ def test_truncation_says_what_was_cut():
     with pytest.warns(UserWarning, match="longer than 46 tokens; cut: .* and one last violin</s>'"):
         ids, _ = musicldm.tokenize(golden_config(), text)
     assert ids.shape == (1, 48) and ids[0, -1] == 2
+
+
+def test_a_vocabulary_that_changes_is_read_anew(tmp_path):
+    folder = shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint")
+    cfg, path = musicldm.load_config(musicldm.DEFAULT_CONFIG, folder), folder / "tokenizer" / "vocab.json"
+    (before,), _ = musicldm.tokenize(cfg, "techno")
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    first, second = (next(token for token, number in vocab.items() if number == i) for i in before[1:3])
+    path.write_text(json.dumps({**vocab, first: vocab[second], second: vocab[first]}), encoding="utf-8")
+    (after,), _ = musicldm.tokenize(cfg, "techno")
+    assert after.tolist() == [before[0], before[2], before[1], *before[3:]]
+    path.unlink()
+    with pytest.raises(InputError, match="vocab.json is missing"):
+        musicldm.tokenize(cfg, "techno")
 
 
 def test_byte_vocabulary_of_random_weights():
