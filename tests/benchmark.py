@@ -7,10 +7,12 @@
 One clip with guidance. PYTHON has torch 2.13.0, diffusers 0.33.1 and transformers 4.57.1. Each implementation and dtype
 has a process that loads its models once; they compute in turn, never two at a time, on all cores. Only ratios from one
 run count, as other work moves the times. Everything at full size takes tens of minutes: --stages picks some of
-prompt, unet, vae, vocoder, generate (with its four parts), compile, memory and shell (the command line). Linux only.
+prompt, unet, vae, vocoder, generate (with its four parts), compile, memory, shell (the command line) and operators (of
+a UNet step). Linux only.
 """
 import argparse
 import contextlib
+import csv
 import json
 import math
 import os
@@ -28,7 +30,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT = "melodic techno with a fast beat and synths"
 PARTS = ("prompt", "unet", "vae", "vocoder")  # of generate, which runs the unet once a step
-STAGES = (*PARTS, "generate", "compile", "memory", "shell")
+STAGES = (*PARTS, "generate", "compile", "memory", "shell", "operators")
 OURS, OURS_BF16, PEER, PEER_BF16 = [f"{name} {dtype}" for name in ("musicldm", "diffusers")
                                     for dtype in ("float32", "bfloat16")]
 SQUARE = 4096  # rows and columns of the matrices that tell the machine's own rate
@@ -144,12 +146,26 @@ def musicldm_stages(args, dtype):
         run = timed(lambda: product(square, square).asnumpy())
         return {"seconds": min(run()["seconds"] for _ in range(4))}
 
+    def operators():
+        """{operator: [calls, ms] of a UNet step}, by MindSpore's profiler, from 10 steps after the first ones."""
+        with tempfile.TemporaryDirectory() as folder:
+            profiler = mindspore.Profiler(start_profile=False, output_path=folder,
+                                          activities=[mindspore.profiler.ProfilerActivity.CPU])
+            at = {3: profiler.start, 13: profiler.stop}
+            musicldm.denoise(cfg, params, latents, embeds, iter(()), {**cfg["sampling"], "num_inference_steps": 15},
+                             lambda step, *_: at[step]() if step in at else None)
+            (path,) = pathlib.Path(folder).rglob("cpu_op_type_info_*.csv")
+            with path.open() as file:
+                return {row["op_type"]: [int(row["type_occurrences"]) / 10, float(row["total_compute_time"]) / 10]
+                        for row in csv.DictReader(file)}
+
     tokens = [math.ceil(musicldm.tokenize(cfg, text)[1].sum() / 16) * 16 for text in (PROMPT, "")]
     count = {**flops(cfg, args.seconds, tokens), "matmul": 2 * SQUARE ** 3}
     count["generate"] = args.steps * count["unet"] + sum(count[part] for part in PARTS if part != "unet")
     return {"load": load, "gflop": {stage: n / 1e9 for stage, n in count.items()},
             "versions": {"mindspore": mindspore.__version__, "numpy": np.__version__}}, {
         "matmul": matmul,
+        "operators": operators,
         "compiler": lambda: {"seconds": sum(compiling)},
         "prompt": timed(lambda: musicldm.encode_prompt(cfg, params, [PROMPT, ""])),
         "unet": timed_steps(lambda callback: musicldm.denoise(
@@ -330,6 +346,11 @@ def report(args, result):
                          f"{min(a) / min(b):.2f}", f"{median(a) / median(b):.2f}"))
     if args.against:
         print(table(*rows))
+    operators = sorted(result.get("operators", {}).items(), key=lambda item: -item[1][1])
+    if operators:
+        total = sum(ms for _, (_, ms) in operators)
+        print(table(("operator", "calls a step", "ms a step", "share"),
+                    *((name, f"{calls:.0f}", f"{ms:.1f}", f"{ms / total:.1%}") for name, (calls, ms) in operators)))
     for run, times in result.get("compile", {}).items():
         for what, seconds in times.items():
             print(f"compile, {run}, {what}: best {min(seconds):.1f} s, median {median(seconds):.1f} s")
@@ -368,6 +389,9 @@ def main():
         folder = pathlib.Path(folder)
         if "compile" in args.stages:
             result["compile"] = compilation(args, folder)
+        if "operators" in args.stages:
+            with worker(OURS, args, folder / "operators") as (_, ask):
+                result["operators"] = ask("operators")
         if "shell" in args.stages:
             result["shell"] = shell(args, folder)
         if "memory" in args.stages:
