@@ -2,16 +2,18 @@
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
 sequence, P positions of all N (N * H * W or N * L), C channels, I and O channels into and out of a layer, K taps of a
-convolution.
-Activations are rows, one a position: an image is (P, C) beside its shape (N, H, W), a sequence (P, C) beside (N, L).
-A leaf returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds a layer. Arguments come
-in one order: data, shape, conditioning, parameters, numbers.
+convolution, KH and KW its kernel's height and width, D channels of an attention head, M queries, E channels of the
+embedding of time and class.
+Activations are rows, one a position: an image is (P, C) beside its shape (N, H, W), a sequence (P, C) beside (N, L). A
+leaf returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds a layer. Layers take their
+arguments in one order: data, shape, conditioning, parameters, numbers; a convolution's geometry, which holds its shape
+and numbers, comes last.
 
 Some of the style is for MindSpore's compiler. It runs all that is in a graph symbolically for every new set of shapes,
 Python's own tuples, branches and loops too: milliseconds for arithmetic on a shape, for a keyword argument, for a
 tuple of numbers that `reshape` has not met, for the checks of a function in `ops` where there is a primitive. So
-activations need no reshaping between layers, and shapes, indices and other constants come from constexpr functions,
-which are plain Python.
+activations of UNet, VAE and vocoder are hardly reshaped between layers, and shapes, indices and other constants come
+from constexpr functions, which are plain Python. CLAP's audio tower is written plainly.
 """
 import functools
 import math
@@ -39,6 +41,7 @@ def nth(name, number):
 
 @constexpr
 def as_rows(shape):
+    """The shape (P, C) of any (..., C), for `reshape`."""
     return -1, shape[-1]
 
 
@@ -49,14 +52,14 @@ def linear(x, p):
 
 
 def conv1x1(x, p):
-    """x (P, I), weight (O, I, 1, 1) or another of I numbers an output, bias (O,) -> (P, O)."""
+    """x (P, I), weight (O, I, 1, 1) or another that flattens to (O, I), such as whole patches', bias (O,) -> (P, O)."""
     return ops.BiasAdd()(ops.MatMul(transpose_b=True)(x, ops.Flatten()(p["weight"])), p["bias"])
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
-# A geometry is a tuple of what a convolution over images (N, H, W, C) is but for its weight: N, then pairs (height,
-# width) of the sizes of the input and of the output, kernel, stride, dilation and padding, then `scale` 2 to read the
-# image as if its pixels were doubled both ways and it was cut to the output's size, and `loop` to repeat it along H.
+# A geometry describes a convolution over images but for its weight: (N, input size, output size, kernel, stride,
+# dilation, padding, scale, loop). Sizes and the four after them are pairs (height, width). `scale` 2 reads the image as
+# if its pixels were doubled both ways and it was cut to the output's size; `loop` repeats it along H.
 
 def polyphase(kernel, stride):
     """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
@@ -149,8 +152,8 @@ def gathered_weight(weight):
 
 
 @constexpr
-def gathered_constants(geometry, shape, dtype):
-    return zero_row(shape[1], dtype), tap_rows(geometry, shape[1])
+def gathered_constants(geometry, channels, dtype):
+    return zero_row(channels, dtype), tap_rows(geometry, channels)
 
 
 def gathered_convolution(x, weight, geometry):
@@ -161,7 +164,7 @@ def gathered_convolution(x, weight, geometry):
     def block(x, rows):
         return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
 
-    zeros, rows = gathered_constants(geometry, x.shape, x.dtype)
+    zeros, rows = gathered_constants(geometry, x.shape[1], x.dtype)
     return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
 
 
@@ -347,12 +350,13 @@ def convolution(x, weight, geometry):
 
 @constexpr
 def pyramid(shape, levels):
-    """The shapes (N, H, W) of an image (N, H, W, C) and of what `downsample` makes of it time after time."""
-    return tuple((shape[0], *(-(-size // 2 ** level) for size in shape[1:3])) for level in range(levels))
+    """The shape (N, H, W) of an image, and those that `downsample` gives it time after time."""
+    return tuple((shape[0], *(-(-size // 2 ** level) for size in shape[1:])) for level in range(levels))
 
 
 @constexpr
 def doubled(shape):
+    """The shape of an image with H and W doubled."""
     return shape[0], *(2 * size for size in shape[1:])
 
 
@@ -543,7 +547,7 @@ def spatial_transformer(x, shape, p, heads, groups):
 
 def image_attention(x, shape, p, groups):
     """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N * H * W, C)."""
-    return x + attention(group_norm(x, shape, p["group_norm"], groups, 1e-6), shape, p, 1)
+    return x + attention(group_norm(x, shape, p["group_norm"], groups, 1e-6), shape, p, heads=1)
 
 
 def resnet(x, shape, embedding, p, groups, eps, loop):
@@ -559,14 +563,14 @@ def resnet(x, shape, embedding, p, groups, eps, loop):
 
 
 @constexpr
-def is_prompt(shape):
-    return 8 <= shape[0] < 64
+def few_rows(count):
+    """Where `bert_linear` is faster the other way round, as measured on a CPU: about a prompt's tokens."""
+    return 8 <= count < 64
 
 
 def bert_linear(x, p):
-    """`linear`, the other way round for the few rows of a prompt: faster on a CPU, where oneDNN packs its second
-    matrix anew each time."""
-    if is_prompt(x.shape):
+    """`linear`, for few rows as (W x^T)^T: on a CPU oneDNN packs a product's second matrix anew each time."""
+    if few_rows(x.shape[0]):
         return ops.BiasAdd()(ops.Transpose()(ops.MatMul(transpose_b=True)(p["weight"], x), (1, 0)), p["bias"])
     return linear(x, p)
 

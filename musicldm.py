@@ -313,14 +313,14 @@ def unet(x, timestep, class_labels, p, cfg, loop):
     """
     channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
                                      cfg["norm_eps"])
-    levels, heads, image = len(channels), cfg["attention_head_dim"], x.shape
-    shapes = pyramid(image, levels)
+    levels, heads, in_shape = len(channels), cfg["attention_head_dim"], x.shape
+    shapes = pyramid(in_shape[:3], levels)
     embedding = linear(timestep, p["time_embedding"]["linear_1"])
     embedding = linear(ops.silu(embedding), p["time_embedding"]["linear_2"])
-    embedding = ops.silu(ops.Concat(1)((ops.broadcast_to(embedding, (image[0], embedding.shape[1])),
+    embedding = ops.silu(ops.Concat(1)((ops.broadcast_to(embedding, (in_shape[0], embedding.shape[1])),
                                        linear(class_labels, p["class_embedding"]))))
 
-    x = conv2d(x.reshape(as_rows(image)), shapes[0], p["conv_in"], loop)
+    x = conv2d(x.reshape(as_rows(in_shape)), shapes[0], p["conv_in"], loop)
     skips = (x,)
     for level in range(levels):
         block, shape = p[nth("down_blocks", level)], shapes[level]
@@ -348,7 +348,7 @@ def unet(x, timestep, class_labels, p, cfg, loop):
         if "upsamplers.0" in block:
             x = upsample(x, shape, shapes[-2 - level], block["upsamplers.0"]["conv"], loop)
     x = ops.silu(group_norm(x, shapes[0], p["conv_norm_out"], groups, eps))
-    return conv2d(x, shapes[0], p["conv_out"], loop).reshape(image)
+    return conv2d(x, shapes[0], p["conv_out"], loop).reshape(in_shape)
 
 
 @mindspore.jit
@@ -366,21 +366,21 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
 @mindspore.jit
 def vae_decode(x, p, cfg, loop):
     """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
-    groups, levels, shape = cfg["norm_num_groups"], len(cfg["block_out_channels"]), x.shape[:3]
+    groups, levels, shape, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), x.shape[:3], 1e-6
     x = conv1x1(x.reshape(as_rows(x.shape)), p["post_quant_conv"])
     p = p["decoder"]
     x = conv2d(x, shape, p["conv_in"], loop)
-    x = resnet(x, shape, None, p["mid_block"]["resnets.0"], groups, 1e-6, loop)
+    x = resnet(x, shape, None, p["mid_block"]["resnets.0"], groups, eps, loop)
     x = image_attention(x, shape, p["mid_block"]["attentions.0"], groups)
-    x = resnet(x, shape, None, p["mid_block"]["resnets.1"], groups, 1e-6, loop)
+    x = resnet(x, shape, None, p["mid_block"]["resnets.1"], groups, eps, loop)
     for level in range(levels):
         block = p[nth("up_blocks", level)]
         for i in range(cfg["layers_per_block"] + 1):
-            x = resnet(x, shape, None, block[nth("resnets", i)], groups, 1e-6, loop)
+            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, loop)
         if "upsamplers.0" in block:
             x = upsample(x, shape, doubled(shape), block["upsamplers.0"]["conv"], loop)
             shape = doubled(shape)
-    x = ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, 1e-6))
+    x = ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps))
     return conv2d(x, shape, p["conv_out"], loop).reshape(shape)
 
 
@@ -394,7 +394,7 @@ def hifigan(mel, p, cfg):
     if cfg["normalize_before"]:
         mel = (mel - p["mean"]) / p["scale"]
     shape = mel.shape[:2]
-    x = conv1d(mel.reshape(as_rows(mel.shape)), shape, p["conv_pre"], 7, 1)
+    x = conv1d(mel.reshape(as_rows(mel.shape)), shape, p["conv_pre"], kernel=7, dilation=1)
     for i in range(len(cfg["upsample_rates"])):
         kernel, stride = cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i]
         x = conv_transpose1d(ops.leaky_relu(x, slope), shape, p[nth("upsampler", i)], kernel, stride)
@@ -406,7 +406,7 @@ def hifigan(mel, p, cfg):
                                           dilations[j], slope)
         x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
-    x = conv1d(ops.leaky_relu(x, 0.01), shape, p["conv_post"], 7, 1)
+    x = conv1d(ops.leaky_relu(x, 0.01), shape, p["conv_post"], kernel=7, dilation=1)
     return tanh(x.reshape(shape))
 
 

@@ -226,18 +226,26 @@ def byte_characters():
 def load_vocabulary(cfg):
     """({token: id}, {"a b": rank of joining a and b}) of the checkpoint; for random weights the bytes alone.
 
-    Not to be changed: as long as the files stay as they are, it is the same.
+    Callers must not change the dicts: later calls return the same ones until a file changes.
     """
     if cfg["weights"] == RANDOM:
         return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
     paths = [pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES]
-    written = tuple(path.stat().st_mtime_ns if path.exists() else None for path in paths)
-    return read_vocabulary(*paths, cfg["text_encoder"]["text_config"]["vocab_size"], written)
+    return read_vocabulary(*paths, cfg["text_encoder"]["text_config"]["vocab_size"], tuple(map(identity, paths)))
 
 
-@functools.lru_cache(1)  # reading takes a quarter of the time of encoding a prompt
-def read_vocabulary(vocab_path, merges_path, size, written):
-    """`load_vocabulary` of files that were written at some time; the ids are to be below `size`."""
+def identity(path):
+    """What changes when a file is replaced or rewritten; None if it cannot be seen: reading it says why."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(4)  # reading takes a quarter of the time of encoding a prompt
+def read_vocabulary(vocab_path, merges_path, size, identities):
+    """`load_vocabulary` from these files; ids must be below `size`. `identities` is only part of the cache's key."""
     vocab = read_json(vocab_path)
     if not isinstance(vocab, dict) or not ({*map(type, vocab.values())} == {int}
                                         and 0 <= min(vocab.values()) and max(vocab.values()) < size):

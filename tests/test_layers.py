@@ -35,7 +35,7 @@ def way(request, monkeypatch):
     """Convolutions go this way, but that one with a stride is never "fast"."""
     fast_weight = layers.fast_weight
     if request.param == "native":
-        monkeypatch.setattr(layers, "way_to_convolve", lambda *_: layers.native_convolution)
+        monkeypatch.setattr(layers.mindspore, "get_context", lambda name: "Ascend")
     if request.param == "gathered":
         monkeypatch.setattr(layers, "fast_convolution", layers.gathered_convolution)
         monkeypatch.setattr(layers, "fast_weight", lambda weight, outputs: layers.gathered_weight(weight))
@@ -98,8 +98,8 @@ def test_products_in_bfloat16_are_not_for_the_fast_way(mode, flags, exact, monke
         assert relative_error(convolved(x, weight, bias), correlate2d(x, weight, bias)) < 1e-6
 
 
-@pytest.mark.parametrize("kernel, outputs, products", [(1, 4, 1), (3, 2, 4), (3, 4, 6), (4, 4, 7), (5, 4, 21), (7, 4, 21),
-                                                       (8, 4, 21), (9, 4, 28), (11, 4, 28), (16, 4, 35)])
+@pytest.mark.parametrize("kernel, outputs, products", [
+    (1, 4, 1), (3, 2, 4), (3, 4, 6), (4, 4, 7), (5, 4, 21), (7, 4, 21), (8, 4, 21), (9, 4, 28), (11, 4, 28), (16, 4, 35)])
 def test_fast_filters_correlate(kernel, outputs, products):
     a, g, b = layers.fast_filter(kernel, outputs)
     assert len(g) == len(b) == a.shape[1] == products and products <= len(a) * kernel
@@ -144,7 +144,8 @@ def test_conv_transpose1d(kernel, stride, way):
     spread = np.zeros((2, 6 * stride + 1, 3))
     spread[:, ::stride] = x
     padding = (kernel - stride) // 2
-    full = np.stack([[sum(np.convolve(clip[:, i], weight[i, o]) for i in range(3)) for o in range(4)] for clip in spread])
+    full = np.stack([[sum(np.convolve(clip[:, i], weight[i, o]) for i in range(3)) for o in range(4)]
+                     for clip in spread])
     expected = full[:, :, padding:full.shape[2] - padding].transpose(0, 2, 1) + bias
     assert layers.upsampled((2, 7), kernel, stride) == expected.shape[:2]
     assert relative_error(y.reshape(expected.shape), expected) < WAYS[way]
