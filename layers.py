@@ -411,9 +411,9 @@ def upsampled(shape, kernel, stride):
 
 
 @constexpr
-def whole_periods(shape, stride, channels):
-    """The shape (N, L, C) of a sequence with its last period of `stride` samples whole."""
-    return shape[0], -(-shape[1] // stride) * stride, channels
+def whole_periods(geometry, stride, channels):
+    """The shape (N, L, C) of `conv_transpose1d`'s output with its last period of `stride` samples whole."""
+    return geometry[0], geometry[2][0] * stride, channels
 
 
 def conv_transpose1d(x, shape, p, kernel, stride):
@@ -422,9 +422,9 @@ def conv_transpose1d(x, shape, p, kernel, stride):
     As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
     transposed one.
     """
-    out_shape = upsampled(shape, kernel, stride)
-    whole = whole_periods(out_shape, stride, p["bias"].shape[0])
-    y = convolution(x, polyphase_weight(p["weight"], kernel, stride), geometry_transposed1d(shape, kernel, stride))
+    out_shape, geometry = upsampled(shape, kernel, stride), geometry_transposed1d(shape, kernel, stride)
+    whole = whole_periods(geometry, stride, p["bias"].shape[0])
+    y = convolution(x, polyphase_weight(p["weight"], kernel, stride), geometry)
     y = ops.BiasAdd()(y.reshape(as_rows(whole)), p["bias"])
     if out_shape[1] == whole[1]:
         return y
