@@ -460,8 +460,10 @@ def group_norm(x, shape, p, groups, eps):
 
 
 def layer_norm(x, p, eps):
-    """x (..., C), normalised over C (Ba et al., 2016)."""
-    return ops.LayerNorm(-1, -1, eps)(x, p["weight"], p["bias"])[0]
+    """x (..., C), normalised over C (Ba et al., 2016), in float32."""
+    y = ops.LayerNorm(-1, -1, eps)(ops.Cast()(x, float32), ops.Cast()(p["weight"], float32),
+                                   ops.Cast()(p["bias"], float32))
+    return ops.Cast()(y[0], x.dtype)
 
 
 def gelu(x):

@@ -984,7 +984,8 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
 
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
     noise, sampling, callback: as in `generate`, noise as an iterator
-    Raises InputError after a step that leaves NaN or Inf.
+    Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
+    the device runs ahead until the callback or the end needs them.
     """
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
@@ -1000,8 +1001,10 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
     for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
-        latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
-        if callback is not None and i % sampling["callback_steps"] == 0:
+        called = callback is not None and i % sampling["callback_steps"] == 0
+        if called or checkpoints.use_device(cfg) == "CPU" or i == len(timesteps) - 1:
+            latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
+        if called:
             callback(i, int(timesteps[i]), latents.copy())
     checkpoints.release(params)
     return latents
@@ -1275,6 +1278,8 @@ def planned(args):
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
     if os.environ.get("MS_ROLE") == "MS_WORKER":
         # each process of msrun takes whole groups, so that no file depends on how many processes there are
+        if "RANK_ID" not in os.environ:
+            raise InputError("RANK_ID is not set; valid on several hosts: msrun with --node_rank")
         groups = groups[int(os.environ["RANK_ID"])::int(os.environ["RANK_SIZE"])]
     missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
                        if not (args.resume and path.exists())] for group in groups}
@@ -1340,11 +1345,22 @@ def produce(plan, params, quiet):
         yield {path: files[path] for path in missing}, lines
 
 
+def print_line(text):
+    """`print`, but an InputError if standard output is full; a BrokenPipeError if nobody reads it."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"standard output cannot be written: {error.strerror}") from None
+
+
 def run(argv, keep_graphs):
     """What `main` does, with mistakes as exceptions."""
     start = time.perf_counter()
     args = parse_arguments(argv)
-    say = (lambda text: None) if args.quiet else functools.partial(print, flush=True)
+    say = (lambda text: None) if args.quiet else print_line
     plan = planned(args)
     cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]
     say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, {sampling['scheduler']}, "
@@ -1385,7 +1401,6 @@ def main(argv=None, keep_graphs=False):
         print("\nmusicldm: interrupted; the files that are written are whole", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits
         return 141
     return 0
 

@@ -43,11 +43,16 @@ SCHEDULERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "pn
               "lms": "LMSDiscreteScheduler", "heun": "HeunDiscreteScheduler", "euler": "EulerDiscreteScheduler",
               "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 TEXTS = [
-    "", " ", "techno", " techno", "Techno  with   runs    of spaces ", "tabs\tand\n\nnew\r\nlines \n x\t\t", "\n", "  \n  ",
-    "It's they're we've I'm she'll he'd IT'S 'tis rock 'n' roll's 'sx 'S ''s", "120 bpm, 3/4, ½, ², Ⅻ, ٣, 四五", "x1y22z333",
-    "Música électro très gaie 🎹🥁👩🏽\u200d🎤", "悲しいピアノ、雨", "грустная скрипка", "naïve café – “musique” → done…", "e\u0301 combining",
-    "<mask>", "a <mask> b", "a  \u00a0<mask>  b", "</s>", "a</s>b <s> c <pad>d<unk>", "<mask", "<MASK>", "< mask >", "a_b__c", "under_score's",
-    "\u00a0nbsp\u2003em\u3000ideographic\u2028line\u0085nel\x1cfs\x00nul\ufeff", "!!! ??? ...", "don't…stop", "한국어 음악", "हिन्दी संगीत", "عربي",
+    "", " ", "techno", " techno", "Techno  with   runs    of spaces ", "tabs\tand\n\nnew\r\nlines \n x\t\t",
+    "\n", "  \n  ",
+    "It's they're we've I'm she'll he'd IT'S 'tis rock 'n' roll's 'sx 'S ''s",
+    "120 bpm, 3/4, ½, ², Ⅻ, ٣, 四五", "x1y22z333",
+    "Música électro très gaie 🎹🥁👩🏽\u200d🎤", "悲しいピアノ、雨", "грустная скрипка",
+    "naïve café – “musique” → done…", "e\u0301 combining",
+    "<mask>", "a <mask> b", "a  \u00a0<mask>  b", "</s>", "a</s>b <s> c <pad>d<unk>", "<mask", "<MASK>",
+    "< mask >", "a_b__c", "under_score's",
+    "\u00a0nbsp\u2003em\u3000ideographic\u2028line\u0085nel\x1cfs\x00nul\ufeff",
+    "!!! ??? ...", "don't…stop", "한국어 음악", "हिन्दी संगीत", "عربي",
     "word " * 2000, "\u200b", "a\u200bb", "𝒻ancy 𝟘𝟙", "ß ẞ ǅ", "ªº", "\U0001fae8", "x" * 300, LONG,
 ]
 
@@ -85,7 +90,8 @@ def build():
         normalize_before=False))
     scheduler = DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", steps_offset=1,
                               clip_sample=False, set_alpha_to_one=False)
-    extractor = ClapFeatureExtractor(frequency_min=50, frequency_max=14000, truncation="rand_trunc", padding="repeatpad")
+    extractor = ClapFeatureExtractor(frequency_min=50, frequency_max=14000, truncation="rand_trunc",
+                                     padding="repeatpad")
     pipe = MusicLDMPipeline(vae=vae, text_encoder=clap, tokenizer=tokenizer, feature_extractor=extractor, unet=unet,
                             scheduler=scheduler, vocoder=vocoder)
     for model in (clap, unet, vae, vocoder):

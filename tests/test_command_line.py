@@ -187,6 +187,13 @@ def test_the_scheduler_process_of_msrun_does_nothing(monkeypatch, capsys):
     assert musicldm.main(["--prompt", "a", *TINY]) == 0 and files() == [] and capsys.readouterr() == ("", "")
 
 
+def test_a_process_of_msrun_without_a_rank_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.delenv("RANK_ID", raising=False)
+    assert musicldm.main(["--prompt", "a", *TINY]) == 2 and files() == []
+    assert "RANK_ID is not set; valid" in capsys.readouterr().err
+
+
 def test_msrun_writes_the_same_bytes_as_one_process(running):
     """As the README runs it."""
     process, folder = running["test_msrun"]
@@ -298,7 +305,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--device", "TPU"], "device is 'TPU'; valid: auto, Ascend, CPU, GPU"),
     (["--prompt", "a", "--device", "Ascend"], "device: this MindSpore has no Ascend; valid: auto, CPU"),
     (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'; valid: float32, float16, bfloat16"),
-    (["--prompt", "a", "--set", "sampling.sede=3"], "unknown config key 'sampling.sede': did you mean 'sampling.seed'?"),
+    (["--prompt", "a", "--set", "sampling.sede=3"],
+     "unknown config key 'sampling.sede': did you mean 'sampling.seed'?"),
     (["--prompt", "a", "--set", "seed"], "override 'seed'; valid: key=value"),
     (["--prompt", "a", "--set", "unet=3", "--set", "unet.norm_eps=1"], "unet is 3; valid: a mapping"),
     (["--prompt", "a", "--seed", "2024-99-99"], "override 'sampling.seed=2024-99-99'"),
@@ -306,7 +314,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--set", "unet.attention_head_dim=[1,2]"], "unet.attention_head_dim has 2 entries"),
     (["--prompt", "a", "--set", "unet.attention_head_dim=5"], "valid: divisors of [12, 8, 12, 16]"),
     (["--prompt", "a", "--set", "unet.block_out_channels=[]"], "unet.block_out_channels is []; valid: a list"),
-    (["--prompt", "a", "--set", "vocoder.upsample_rates=[0,8,4]"], "vocoder.upsample_rates is [0, 8, 4]; valid: above 0"),
+    (["--prompt", "a", "--set", "vocoder.upsample_rates=[0,8,4]"],
+     "vocoder.upsample_rates is [0, 8, 4]; valid: above 0"),
     (["--prompt", "a", "--set", "unet.norm_num_groups=5"], "unet.norm_num_groups is 5; valid: a divisor"),
     (["--prompt", "a", "--set", "unet.down_block_types=[DownBlock2D]"], "unet.down_block_types has 1 entries"),
     (["--prompt", "a", "--set", "schedule.beta_start=-1"], "schedule.beta_start"),
@@ -326,7 +335,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompts-file", "blank.txt", "--audio-prompt", "noise.wav"], "no prompt; valid: --prompt TEXT"),
     (["--prompts-file", "folder.wav"], "--prompts-file folder.wav:"),
     (["--prompt", "a", "--prompts-file", "blank.txt"], "--prompt stands beside --prompts-file"),
-    (["--prompt", "a", "--interpolate", "3"], "--interpolate stands beside --prompt 1 times and --waveforms 1; valid: twice"),
+    (["--prompt", "a", "--interpolate", "3"],
+     "--interpolate stands beside --prompt 1 times and --waveforms 1; valid: twice"),
     (["--prompts-file", "two.txt", "--interpolate", "3"], "--interpolate stands beside --prompt 0 times"),
     *[(["--prompt", "a", flag, value], f"argument {flag}: {value!r}; valid: 1 to 9999")
       for flag in ("--interpolate", "--batch") for value in ("0", "x", "10000", "2.5")],
@@ -423,6 +433,15 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
                             stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert result.returncode == 141 and result.stderr == "" and files() == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_standard_output_is_told_in_a_line():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        result = subprocess.run([sys.executable, ROOT / "musicldm.py", "--prompt", "a", *TINY], stdout=full,
+                                stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and files() == []
+    assert result.stderr == "musicldm: error: standard output cannot be written: No space left on device\n"
 
 
 def test_readme_names_the_test_command():

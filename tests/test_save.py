@@ -76,7 +76,8 @@ def test_round_trip(tmp_path, source, sample_size):
 def test_float16(tmp_path, params):
     weights.save_params(golden_config(), params, tmp_path / "saved", "float16")
     for model, name in weights.MODELS.items():
-        saved, expected = (load_file(folder / model / f"{name}.safetensors") for folder in (tmp_path / "saved", CHECKPOINT))
+        saved, expected = (load_file(folder / model / f"{name}.safetensors")
+                           for folder in (tmp_path / "saved", CHECKPOINT))
         assert saved.keys() == expected.keys()
         for key, x in expected.items():
             assert np.array_equal(saved[key], x if x.dtype == np.int64 else x.astype(np.float16))
@@ -100,12 +101,14 @@ def vector(value, dtype=np.float32, size=12):
 
 @pytest.mark.parametrize("change, dtype, message", [
     (lambda p: replaced(p, BIAS, None), "float32", "1 missing: unet.conv_in.bias$"),
-    (lambda p: replaced(p, ("unet", "more.0", "bias"), p["unet"]["conv_in"]["bias"]), "float32", "unexpected: unet.more.0.bias"),
+    (lambda p: replaced(p, ("unet", "more.0", "bias"), p["unet"]["conv_in"]["bias"]), "float32",
+     "unexpected: unet.more.0.bias"),
     (lambda p: replaced(replaced(p, BIAS, vector(1, size=3)), ("vae", "quant_conv", "bias"), None), "float32",
      r"1 missing: vae.quant_conv.bias; 1 of the wrong shape: unet.conv_in.bias \(3,\) instead of \(12,\)"),
     (lambda p: replaced(p, BIAS, vector(1, np.int32)), "float32", "not floating-point: .*Tensor Int32"),
     (lambda p: replaced(p, BIAS, np.ones(12, np.float32)), "float32", r"unet.conv_in.bias \(ndarray float32\)"),
-    (lambda p: {model: p[model] for model in ("unet", "vae")}, "float32", "missing: text_encoder.logit_scale_a.*vocoder.mean"),
+    (lambda p: {model: p[model] for model in ("unet", "vae")}, "float32",
+     "missing: text_encoder.logit_scale_a.*vocoder.mean"),
     (lambda p: replaced(p, BIAS, vector(7e4)), "float16", "NaN or Inf in float16: unet.conv_in.bias$"),
     (lambda p: replaced(p, BIAS, vector(np.nan)), "float32", "NaN or Inf in float32: unet.conv_in.bias"),
     (lambda p: None, "float32", "missing: .*1 unexpected"),

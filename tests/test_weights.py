@@ -58,7 +58,8 @@ def test_tree_has_the_names_of_the_file(params):
     for model, name in weights.MODELS.items():
         stored = load_file(GOLDEN / "checkpoint" / model / f"{name}.safetensors")
         assert {path for path, _ in leaves(params[model])} == {key for key in stored if stored[key].dtype == np.float32}
-    assert np.array_equal(params["unet"]["down_blocks.1"]["attentions.0"]["transformer_blocks.0"]["ff"]["net.0.proj"]["bias"],
+    block = params["unet"]["down_blocks.1"]["attentions.0"]["transformer_blocks.0"]
+    assert np.array_equal(block["ff"]["net.0.proj"]["bias"],
                           load_file(GOLDEN / "checkpoint/unet/diffusion_pytorch_model.safetensors")
                           ["down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj.bias"])
 
@@ -99,7 +100,8 @@ def test_shards_with_an_index(checkpoint, params):
     path = checkpoint / VOCODER
     tensors = load_file(path)
     path.unlink()
-    parts = {"model-00001-of-00002.safetensors": list(tensors)[::2], "model-00002-of-00002.safetensors": list(tensors)[1::2]}
+    parts = {"model-00001-of-00002.safetensors": list(tensors)[::2],
+             "model-00002-of-00002.safetensors": list(tensors)[1::2]}
     for name, keys in parts.items():
         save_file({key: tensors[key] for key in keys}, path.with_name(name))
     weight_map = {key: name for name, keys in parts.items() for key in keys}
@@ -144,7 +146,8 @@ def test_random_params_are_seeded_and_shaped(params):
     assert_same(first, second)
     shapes = [{name: x.shape for name, x in leaves(tree)} for tree in (first, params)]
     assert shapes[0] == shapes[1]
-    assert not np.array_equal(first["unet"]["conv_in"]["weight"].asnumpy(), other["unet"]["conv_in"]["weight"].asnumpy())
+    weight, another = (tree["unet"]["conv_in"]["weight"].asnumpy() for tree in (first, other))
+    assert not np.array_equal(weight, another)
 
 
 def changed(key, value):
@@ -190,7 +193,8 @@ def cut(path, keep):
     (damaged(VOCODER, replaced("extra.weight", np.ones(3, np.float32))), "1 unexpected: extra.weight"),
     (damaged(VOCODER, replaced("conv_pre.bias", np.ones(3, np.float32))), r"conv_pre.bias \(3,\) instead of \(24,\)"),
     (damaged(VOCODER, replaced("conv_pre.bias", np.ones(24, np.int64))), r"not floating-point: conv_pre.bias \(I64\)"),
-    (damaged(VOCODER, replaced("conv_pre.bias", np.full(24, np.nan, np.float32))), "NaN or Inf in .*vocoder: conv_pre.bias"),
+    (damaged(VOCODER, replaced("conv_pre.bias", np.full(24, np.nan, np.float32))),
+     "NaN or Inf in .*vocoder: conv_pre.bias"),
     (changed("unet/config.json:act_fn", "relu"), "act_fn is 'relu'; implemented: 'silu'"),
     (changed("scheduler/scheduler_config.json:prediction_type", "v_prediction"), "implemented: 'epsilon'"),
     (changed("text_encoder/config.json:text_config.hidden_act", "relu"), "hidden_act is 'relu'"),
@@ -207,7 +211,8 @@ def test_everything_wrong_is_listed_at_once(checkpoint):
     rewrite(checkpoint / VOCODER, without("conv_pre.bias"))
     (checkpoint / "vae/diffusion_pytorch_model.safetensors").unlink()
     rewrite(checkpoint / "unet/diffusion_pytorch_model.safetensors", without("conv_out.bias", "conv_in.weight"))
-    with pytest.raises(InputError, match="unet.*2 missing: conv_in.weight, conv_out.bias.*vae/.*is missing.*vocoder.*missing: conv_pre.bias"):
+    every = "unet.*2 missing: conv_in.weight, conv_out.bias.*vae/.*is missing.*vocoder.*missing: conv_pre.bias"
+    with pytest.raises(InputError, match=every):
         load(checkpoint)
 
 
