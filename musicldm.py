@@ -1000,9 +1000,10 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
     sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
+    on_cpu = checkpoints.use_device(cfg) == "CPU"
     for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
         called = callback is not None and i % sampling["callback_steps"] == 0
-        if called or checkpoints.use_device(cfg) == "CPU" or i == len(timesteps) - 1:
+        if called or on_cpu or i == len(timesteps) - 1:
             latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
         if called:
             callback(i, int(timesteps[i]), latents.copy())
