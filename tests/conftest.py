@@ -9,6 +9,7 @@ import weights
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 CASES = json.loads((GOLDEN / "cases.json").read_text())
+STAGES = ("prompt_embeds", "step_latents", "mel", "audio")  # of make_golden.py
 
 
 def golden_config(*overrides):
@@ -33,6 +34,14 @@ def reference(name):
     """The stored arrays of one case of make_golden.py."""
     with np.load(GOLDEN / "arrays.npz") as file:
         return {key.split(".")[1]: file[key] for key in file.files if key.startswith(f"{name}.")}
+
+
+def float32_distance(stage):
+    """How far the reference in float32 is from itself in float64, in the worst of the cases.
+
+    stage: "prompt_embeds", "step_latents", "mel" or "audio"
+    """
+    return max(float(reference(name)["from_float64"][STAGES.index(stage)]) for name in CASES)
 
 
 def relative_error(result, expected):

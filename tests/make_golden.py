@@ -9,6 +9,7 @@
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
 """
 import contextlib
+import copy
 import functools
 import json
 import pathlib
@@ -22,6 +23,8 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, MusicLDMPipeline, UNet2DConditionModel
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from torch.nn import functional
 from transformers import (ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer, SpeechT5HifiGan,
                           SpeechT5HifiGanConfig)
 from waveforms import SECONDS, waveform
@@ -39,6 +42,7 @@ CASES = {
     "variant": dict(prompt="ambient pads, no drums", steps=2, height=5, guidance=1.0, heads=[3, 2, 3, 4],
                     normalize_before=True),
 }
+STAGES = ("prompt_embeds", "step_latents", "mel", "audio")
 SCHEDULERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler",
               "lms": "LMSDiscreteScheduler", "heun": "HeunDiscreteScheduler", "euler": "EulerDiscreteScheduler",
               "euler_ancestral": "EulerAncestralDiscreteScheduler"}
@@ -94,20 +98,70 @@ def build():
                                      padding="repeatpad")
     pipe = MusicLDMPipeline(vae=vae, text_encoder=clap, tokenizer=tokenizer, feature_extractor=extractor, unet=unet,
                             scheduler=scheduler, vocoder=vocoder)
-    for model in (clap, unet, vae, vocoder):
-        model.eval()
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            if not x.is_floating_point() or "logit_scale" in name:
-                continue
-            if x.ndim < 2:
-                x.normal_(std=0.2)
-                if "norm" in name.lower() and name.endswith("weight") or name.endswith(("var", "scale")):
-                    x.abs_().add_(1)
-            else:
-                fan_in = 2 * x.shape[0] if "upsampler." in name else x[0].numel()
-                x.normal_(std=1 if "embeddings" in name else fan_in ** -0.5 * (1.3 if model is vocoder else 1))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def initialise(pipe):
+    """Random weights as healthy as trained ones: each layer gives unit deviation, the mel one of 2 and the audio 0.15.
+
+    Every layer is scaled when it first runs, on what those before it give. The UNet's last one is then fitted to find
+    its input, as a denoiser finds the noise, so that latents keep their size; and CLAP's two towers lose most of what
+    their vectors have in common, so that inputs differ in direction.
+    """
+    clap, unet, vae, vocoder = (model.eval() for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder))
+    last = unet.up_blocks[-1].resnets[-1]
+    gains = {vae.decoder.conv_out: 2.0, vocoder.conv_post: 0.15, last.conv2: 0.3}
+    hooks, done = [], set()
+
+    def scale(layer, inputs, output):
+        if layer in done:
+            return output
+        done.add(layer)
+        factor = gains.get(layer, 1.0) / output.std()
+        for x in layer.parameters():
+            x.mul_(factor)
+        return output * factor
+
+    for model in (clap, unet, vae, vocoder):
+        for name, x in [*model.named_parameters(), *model.named_buffers()]:
+            if x.is_floating_point() and "logit_scale" not in name:
+                x.normal_(std=1 if "embeddings" in name else 0.2)
+                if "norm" in name.lower() and name.endswith("weight") or name.endswith(("var", "scale")):
+                    x.abs_().add_(1)
+        hooks += [layer.register_forward_hook(scale) for layer in model.modules()
+                  if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d))]
+
+    unet.conv_in.weight[:, :, 1, 1] *= 6  # a clear way for the UNet's input: past the deep layers, through a
+    last.conv_shortcut.weight[:, :-unet.conv_in.out_channels] *= 0.3
+    unet.conv_norm_out.bias.add_(1.5)  # nearly linear activation
+
+    def centred(tower, projection):
+        projection.linear2.bias.sub_(0.9 * tower().mean(0))
+        return functional.normalize(tower())
+
+    tokens = pipe.tokenizer(CORPUS.splitlines() + TEXTS[2:], padding=True, truncation=True, max_length=48,
+                            return_tensors="pt")
+    vectors = centred(lambda: clap.text_projection(clap.text_model(**tokens).pooler_output), clap.text_projection)
+    latents = torch.randn(len(vectors), 8, 16, 4)
+    times, seen = torch.linspace(1, 951, len(vectors)).long(), []
+    hooks.append(unet.conv_out.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0])))
+    unet(latents, times, None, class_labels=vectors)
+    columns = functional.unfold(seen[0], 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    columns = torch.cat([columns, torch.ones(len(columns), 1)], 1)
+    fit = torch.linalg.lstsq(columns, latents.flatten(2).transpose(1, 2).flatten(0, 1).double()).solution
+    unet.conv_out.weight.mul_(0.2).add_(fit[:-1].T.reshape(unet.conv_out.weight.shape))
+    unet.conv_out.bias.mul_(0.2).add_(fit[-1])
+    mel = vae.decode(latents).sample
+    vae.decoder.conv_out.bias.sub_(3)
+    vae.encode(mel - 3)
+    vocoder(mel[:, 0] - 3)
+    features, heard_first = heard(pipe), clap.audio_model.audio_encoder.batch_norm
+    heard_first.running_mean.add_(features.mean((0, 1, 2)))
+    heard_first.running_var.mul_(features.var((0, 1, 2)))
+    centred(lambda: clap.audio_projection(clap.audio_model(features).pooler_output), clap.audio_projection)
+    for hook in hooks:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -116,7 +170,7 @@ def given_noise(draws):
     with contextlib.ExitStack() as stack:
         for name in ("ddim", "euler_ancestral_discrete"):
             stack.enter_context(mock.patch(f"diffusers.schedulers.scheduling_{name}.randn_tensor",
-                                           lambda shape, **kwargs: torch.from_numpy(next(draws))))
+                                           lambda shape, **kwargs: torch.from_numpy(next(draws)).to(kwargs["dtype"])))
         yield
 
 
@@ -130,7 +184,7 @@ def run(pipe, case, rng):
         out["in_noise"] = noise
     if "heads" in case:
         config = {**pipe.unet.config, "attention_head_dim": case["heads"]}
-        unet = UNet2DConditionModel.from_config(config).eval()
+        unet = UNet2DConditionModel.from_config(config).eval().to(pipe.unet.dtype)
         unet.load_state_dict(pipe.unet.state_dict())
         pipe.unet = unet
     if "normalize_before" in case:
@@ -150,7 +204,7 @@ def run(pipe, case, rng):
             given_noise(draws):
         audio = pipe(case["prompt"], audio_length_in_s=case["height"] * 0.04, num_inference_steps=case["steps"],
                      guidance_scale=case["guidance"], eta=case["eta"], negative_prompt=case["negative_prompt"],
-                     latents=torch.from_numpy(out["in_latents"]),
+                     latents=torch.from_numpy(out["in_latents"]).to(pipe.unet.dtype),
                      callback=lambda i, t, x: steps.append(x.numpy().copy())).audios
     mel = seen["mel"][:, 0]
     print({name: round(float(np.std(x)), 3) for name, x in dict(latents=steps[-1], mel=mel, audio=audio).items()},
@@ -192,16 +246,24 @@ def schedulers():
     np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
 
 
+def heard(pipe):
+    """The extractor's features of the test waveforms."""
+    extractor = pipe.feature_extractor
+    waveforms = [waveform(seconds, extractor.sampling_rate)[:extractor.nb_max_samples] for seconds in SECONDS]
+    return extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features.float()
+
+
 def hear(pipe):
     """What the audio tower makes of the test waveforms and the prompts; every 25th frame of the features."""
-    extractor, prompts = pipe.feature_extractor, CASES["batch"]["prompt"]
-    waveforms = [waveform(seconds, extractor.sampling_rate)[:extractor.nb_max_samples] for seconds in SECONDS]
-    features = extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features.float()
+    features, prompts = heard(pipe), CASES["batch"]["prompt"]
     tokens = pipe.tokenizer(prompts, padding=True, truncation=True, max_length=48, return_tensors="pt")
-    out = pipe.text_encoder(**tokens, input_features=features)
-    print("cosines of audio", np.round((out.audio_embeds @ out.audio_embeds.T).numpy(), 3).tolist())
+    out, exact = (copy.deepcopy(pipe.text_encoder).to(dtype)(**tokens, input_features=features.to(dtype))
+                  for dtype in (torch.float32, torch.float64))
+    distance = ((out.audio_embeds - exact.audio_embeds).abs().max() / exact.audio_embeds.abs().max()).numpy()
+    print("cosines of audio", np.round((out.audio_embeds @ out.audio_embeds.T).numpy(), 3).tolist(),
+          "float32 from float64", distance)
     return {"features": features[:, :, ::25].numpy(), "audio_embeds": out.audio_embeds.numpy(),
-            "cosines": (out.text_embeds @ out.audio_embeds.T).numpy()}
+            "from_float64": distance, "cosines": (out.text_embeds @ out.audio_embeds.T).numpy()}
 
 
 @torch.no_grad()
@@ -218,8 +280,16 @@ def main():
         np.savez_compressed(sys.argv[2], **{f"guided.{key}": value for key, value in run(pipe, case, rng).items()})
         return
     pipe = build()
+    initialise(pipe)
     pipe.save_pretrained(GOLDEN / "checkpoint")
-    arrays = {f"{name}.{key}": value for name, case in CASES.items() for key, value in run(pipe, case, rng).items()}
+    wide = MusicLDMPipeline.from_pretrained(GOLDEN / "checkpoint", torch_dtype=torch.float64)
+    wide.set_progress_bar_config(disable=True)
+    arrays = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        narrow, exact = (run(p, case, np.random.default_rng(number)) for p in (pipe, wide))
+        distance = [np.abs(narrow[key] - exact[key]).max() / np.abs(exact[key]).max() for key in STAGES]
+        print("float32 from float64", dict(zip(STAGES, distance)))
+        arrays |= {f"{name}.{key}": value for key, value in {**narrow, "from_float64": np.array(distance)}.items()}
     np.savez_compressed(GOLDEN / "arrays.npz", **arrays)
     np.savez_compressed(GOLDEN / "audio.npz", **hear(pipe))
     tokens = [[text, pipe.tokenizer(text, truncation=True, max_length=48).input_ids] for text in TEXTS]

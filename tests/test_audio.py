@@ -29,7 +29,7 @@ def test_features_equal_the_reference(expected):
 def test_vectors_and_scores_equal_the_reference(expected, params):
     audio, prompts = [waveform(seconds, 48000) for seconds in SECONDS], CASES["batch"]["prompt"]
     vectors = musicldm.encode_audio(golden_config(), params, audio, 48000)
-    assert relative_error(vectors, expected["audio_embeds"]) < 2e-6 and vectors.dtype == np.float32
+    assert relative_error(vectors, expected["audio_embeds"]) < expected["from_float64"] and vectors.dtype == np.float32
     scores = musicldm.score(golden_config(), params, prompts, audio, 48000)
     assert relative_error(scores, expected["cosines"]) < 2e-5 and scores.dtype == np.float32
 

@@ -7,7 +7,8 @@ import mindspore
 import numpy as np
 import pytest
 import soundfile
-from conftest import CASES, GOLDEN, case_config, case_options, golden_config, reference, relative_error
+from conftest import (CASES, GOLDEN, case_config, case_options, float32_distance, golden_config, reference,
+                      relative_error)
 from waveforms import waveform
 
 import layers
@@ -16,6 +17,14 @@ import weights
 from weights import InputError
 
 SHORT = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
+
+
+def rounding(stage):
+    """How far two results of a stage may be from each other that are equal but for rounding.
+
+    Each may be ten times as far from the exact one as the reference's own float32 is from its float64.
+    """
+    return 2 * 10 * float32_distance(stage)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,7 +90,7 @@ def test_takes_are_ranked_within_their_prompt(params, alone):
         scores = musicldm.score(cfg, params, prompt, [alone[prompt, seed][1] for seed in own])[0]
         assert abs(scores[0] - scores[1]) > 1e-3  # rounding cannot swap them
         wanted += [(prompt, own[i]) for i in np.argsort(-scores)]
-    assert [seed for _, seed in wanted] == [3, 2, 0, 1]
+    assert [seed for _, seed in wanted] == [2, 3, 1, 0]
     for audio, run in zip(ranked, wanted, strict=True):
         assert relative_error(audio, alone[run][1]) < 2e-4
 
@@ -203,19 +212,27 @@ def test_a_shifted_loop_is_the_same_loop_later(eta, params):
                                   callback=lambda step, timestep, x: steps.append(x))
         results.append((np.roll(steps[-1], -shift, 2), np.roll(audio, -640 * shift, 1)))
     for shifted in results[1:]:
-        assert relative_error(shifted[0], results[0][0]) < 5e-6
-        assert relative_error(shifted[1], results[0][1]) < 2e-4  # the bar of waveforms
+        assert relative_error(shifted[0], results[0][0]) < rounding("step_latents")
+        assert relative_error(shifted[1], results[0][1]) < rounding("audio")
     assert audio.shape == (1, 24 * 640)
 
 
+def test_a_loop_three_times_over_is_the_loop_of_three(params):
+    """Attention has no positions, and convolutions see the same beyond the end as after it."""
+    latents, options = np.random.default_rng(0).standard_normal((1, 8, 8, 4)), {"num_inference_steps": 2, "loop": True}
+    once, thrice = (musicldm.generate(golden_config(), "a", params, **options, audio_length_in_s=0.32 * times,
+                                      latents=np.tile(latents, (1, 1, times, 1))) for times in (1, 3))
+    assert relative_error(thrice, np.tile(once, 3)) < rounding("audio")
+
+
 def test_a_loop_of_one_moment_never_changes_not_even_where_it_joins(params):
-    latents = np.random.default_rng(0).standard_normal((1, 8, 1, 4)).repeat(24, axis=2)
-    audio = musicldm.generate(golden_config(), "a", params, audio_length_in_s=0.96, num_inference_steps=2, loop=True,
-                              latents=latents)
-    frames = audio.reshape(96, 160)
-    # frames lie in different places of the convolutions' tiles, which this saturated vocoder's gain shows
-    assert relative_error(frames, np.tile(frames[48], (96, 1))) < 1e-3 and np.abs(np.diff(frames)).max() > 0.1
-    unlooped = musicldm.vocode(golden_config(), params, np.ones((1, 32, 16), np.float32))
+    cfg, latents = golden_config(), np.random.default_rng(0).standard_normal((1, 8, 1, 4)).repeat(24, axis=2)
+    mel = musicldm.decode_latents(cfg, params, latents, loop=True)
+    assert relative_error(mel, np.tile(mel[:, 48:49], (96, 1))) < rounding("mel")
+    frames = musicldm.vocode(cfg, params, mel, loop=True).reshape(96, 160)
+    assert relative_error(frames, np.tile(frames[48], (96, 1))) < rounding("audio")
+    assert np.abs(np.diff(frames)).max() > 0.1
+    unlooped = musicldm.vocode(cfg, params, np.ones((1, 32, 16), np.float32))
     frames = unlooped[0, :32 * 160].reshape(32, 160)
     assert np.abs(frames[0] - frames[16]).max() > 1e-2
 
@@ -236,9 +253,9 @@ def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
     wholes = [musicldm.vocode(cfg, params, mel, loop) for loop in (False, True)]
     assert [whole.shape for whole in wholes] == [(2, 32 * 160 + 32), (2, 32 * 160)]
     shifted = musicldm.vocode(cfg, params, np.roll(mel, 7, 1), loop=True)
-    assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < 1e-4
+    assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < rounding("audio")
     for loop in (False, True):  # two windows, and six
-        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < 1e-4
+        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < rounding("audio")
     monkeypatch.setattr(musicldm, "hifigan_reach", lambda vocoder: 7)
     assert relative_error(musicldm.vocode(cfg, params, mel, window=31), wholes[0]) > 1e-3
 
@@ -246,9 +263,10 @@ def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
 def test_no_sample_depends_on_frames_out_of_reach(params):
     cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
     changed = mel.copy()
-    changed[:, 16] += 5
+    changed[:, 16] += 500
     change = np.abs(musicldm.vocode(cfg, params, changed)[0] - musicldm.vocode(cfg, params, mel)[0])
-    frames = np.flatnonzero(change > 2e-4) // 160  # what shares a tile with a changed one may be rounded otherwise
+    # what shares a tile with a changed frame may be rounded otherwise
+    frames = np.flatnonzero(change > rounding("audio")) // 160
     assert 8 < max(16 - frames[0], frames[-1] - 16) <= musicldm.hifigan_reach(cfg["vocoder"]) <= 12
 
 
