@@ -154,7 +154,8 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=()):
     """The configuration as a nested plain dict: the file, below the checkpoint's own config.json, below `overrides`.
 
     path: a YAML file; keys it leaves out have the values of the config.yaml beside this module
-    weights: a checkpoint folder, a hub id, or "random"; None keeps the file's
+    weights: a checkpoint folder, a hub id, or "random"; None keeps the file's. What a checkpoint's files leave out has
+        the reference's default
     overrides: texts like "sampling.seed=3", the value in YAML
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
@@ -162,8 +163,9 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=()):
     cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
     folder = checkpoints.find_weights(functools.reduce(merged, changes, cfg)["weights"])
     if folder != checkpoints.RANDOM:
-        stated = checkpoints.read_config_files(folder)
-        cfg = merged(cfg, {section: known_part(stated[section], cfg[section]) for section in stated})
+        stated, published = checkpoints.read_config_files(folder), read_yaml(DEFAULT_CONFIG)
+        cfg = {**cfg, **merged({section: published[section] for section in stated},
+                               {section: known_part(stated[section], published[section]) for section in stated})}
     cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
     checkpoints.check_architecture(cfg)
     load_vocabulary(cfg)  # refused now rather than when the first prompt is read

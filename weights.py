@@ -39,12 +39,29 @@ CLASSES = {"text_encoder": ("transformers", "ClapModel"), "tokenizer": ("transfo
            "unet": ("diffusers", "UNet2DConditionModel"), "scheduler": ("diffusers", "DDIMScheduler"),
            "vae": ("diffusers", "AutoencoderKL"), "vocoder": ("transformers", "SpeechT5HifiGan")}
 
+# What those classes take a key for that a file leaves out, where that is neither the published value (config.yaml) nor
+# the implemented one: their __init__ in diffusers 0.33.1 and transformers 4.57.1.
+DEFAULTS = {
+    "text_encoder.audio_config": {"patch_embeds_hidden_size": 96, "hidden_size": 768, "depths": [2, 2, 6, 2]},
+    "feature_extractor": {"frequency_min": 0, "max_length_s": 10, "truncation": "fusion"},
+    "unet": {"in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+             "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+             "class_embed_type": None, "class_embeddings_concat": False, "projection_class_embeddings_input_dim": None},
+    "vae": {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [64],
+            "layers_per_block": 1, "scaling_factor": 0.18215},
+    "vocoder": {"model_in_dim": 80, "upsample_initial_channel": 512, "upsample_rates": [4, 4, 4, 4],
+                "upsample_kernel_sizes": [8, 8, 8, 8], "normalize_before": True},
+    "schedule": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True,
+                 "set_alpha_to_one": True, "steps_offset": 0},
+}
+
 # What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
 IMPLEMENTED = {
-    "text_encoder.text_config": {"hidden_act": "gelu", "position_embedding_type": "absolute",
-                                 "projection_hidden_act": "relu"},
+    "text_encoder": {"projection_hidden_act": "relu"},  # of both towers
+    "text_encoder.text_config": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
     "text_encoder.audio_config": {"hidden_act": "gelu", "enable_fusion": False, "enable_patch_layer_norm": True,
-                                  "qkv_bias": True, "projection_hidden_act": "relu", "patch_size": 4,
+                                  "flatten_patch_embeds": True, "qkv_bias": True, "patch_size": 4,
                                   "patch_stride": [4, 4], "patch_embed_input_channels": 1},
     "unet": {"act_fn": "silu", "class_embed_type": "simple_projection", "class_embeddings_concat": True,
              "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "num_attention_heads": None,
@@ -107,24 +124,36 @@ def read_json(path):
 
 
 def read_config_files(folder):
-    """The architecture that a checkpoint states: {section: its config.json}, refused if it is not implemented here."""
+    """The architecture that a checkpoint states: {section: its config.json}, refused if it is not implemented here.
+
+    What a file leaves out has the reference's default, and is refused as if it were stated.
+    """
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
     missing = [str(path) for path in [*paths.values(), *(pathlib.Path(folder) / name for name in TOKENIZER_FILES)]
                if not os.path.isfile(path)]
     if missing:
         raise InputError(f"weights: {folder} is incomplete, missing: {', '.join(missing)}")
-    files = {section: read_json(path) for section, path in paths.items()}
-    for name, wanted in IMPLEMENTED.items():
-        section, *inner = name.split(".")
-        stated = files[section]
-        for key in inner:
-            stated = stated.get(key, {}) if isinstance(stated, dict) else None
-        if not isinstance(stated, dict):
-            raise InputError(f"weights: {paths[section]} must hold a JSON object for {name}")
-        for key, value in wanted.items():
-            if stated.get(key, value) != value:
-                raise InputError(f"weights: {paths[section]}: {key} is {stated[key]!r}; implemented: {value!r}")
-    return files
+    return {section: with_defaults(section, read_json(path), path) for section, path in paths.items()}
+
+
+def with_defaults(name, stated, path):
+    """A section of a checkpoint's configuration, or a part of one, with the reference's defaults."""
+    if not isinstance(stated, dict):
+        raise InputError(f"weights: {path} must hold a JSON object for {name}")
+    complete = {**DEFAULTS.get(name, {}), **stated}
+    for key, value in IMPLEMENTED[name].items():
+        if complete.get(key, value) != value:
+            default = "" if key in stated else ", the reference's default"
+            raise InputError(f"weights: {path}: {key} is {complete[key]!r}{default}; implemented: {value!r}")
+    if name == "text_encoder":
+        return {**complete, **{part: with_defaults(f"{name}.{part}", stated.get(part) or {}, path)
+                               for part in ("text_config", "audio_config")}}
+    if name == "feature_extractor":  # transformers computes it, whatever the file says
+        rate, seconds = complete.get("sampling_rate", 48000), complete["max_length_s"]
+        if not isinstance(rate, int) or not isinstance(seconds, int):
+            raise InputError(f"weights: {path}: sampling_rate and max_length_s must be integers")
+        return {**complete, "nb_max_samples": seconds * rate}
+    return complete
 
 
 def heads_by_level(unet_cfg):
@@ -149,7 +178,8 @@ def check_architecture(cfg):
     def rules():
         yield from positive({**text, "pad_token_id": 1}, "text_encoder.text_config")
         yield from positive(audio, "text_encoder.audio_config")
-        for section in ("feature_extractor", "unet", "vae", "vocoder"):
+        yield from positive({**extractor, "frequency_min": 1}, "feature_extractor")
+        for section in ("unet", "vae", "vocoder"):
             yield from positive(cfg[section], section)
         for name in ("down_block_types", "up_block_types"):
             if len(unet[name]) != len(channels):
@@ -182,8 +212,8 @@ def check_architecture(cfg):
             yield f"feature_extractor.feature_size is {extractor['feature_size']}; valid: num_mel_bins, {mels}"
         if not 1000 <= extractor["sampling_rate"] <= 192000:
             yield f"feature_extractor.sampling_rate is {extractor['sampling_rate']}; valid: 1000 to 192000"
-        if not extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
-            yield "feature_extractor.frequency_min, frequency_max and half the sampling_rate must lie in this order"
+        if not 0 <= extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
+            yield "feature_extractor: 0, frequency_min, frequency_max and half the sampling_rate must lie in this order"
         if extractor["nb_max_samples"] // extractor["hop_length"] >= side * (side // mels):
             yield (f"feature_extractor.nb_max_samples is {extractor['nb_max_samples']}; valid: below "
                    f"{side * (side // mels)} frames")

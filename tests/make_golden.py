@@ -4,6 +4,7 @@
     pip install torch==2.13.0 diffusers==0.33.1 transformers==4.57.1 "huggingface-hub<1.0" "tokenizers<0.23"
     python tests/make_golden.py
     python tests/make_golden.py schedulers            # instead: golden/schedulers.npz alone, with the stored checkpoint
+    python tests/make_golden.py left_out              # instead: golden/left_out.npz and defaults.json alone, likewise
     python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
@@ -11,10 +12,13 @@ Run on the CPU with one thread; golden/versions.json says what made the stored f
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import pathlib
 import platform
+import shutil
 import sys
+import tempfile
 from unittest import mock
 
 import diffusers
@@ -25,8 +29,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, MusicLDMPipeline, UNet2DCond
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.nn import functional
-from transformers import (ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer, SpeechT5HifiGan,
-                          SpeechT5HifiGanConfig)
+from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig,
+                          RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig)
 from waveforms import SECONDS, waveform
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
@@ -46,6 +50,9 @@ STAGES = ("prompt_embeds", "step_latents", "mel", "audio")
 SCHEDULERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler",
               "lms": "LMSDiscreteScheduler", "heun": "HeunDiscreteScheduler", "euler": "EulerDiscreteScheduler",
               "euler_ancestral": "EulerAncestralDiscreteScheduler"}
+# whose audio is kept when the key is left out of its file
+LEFT_OUT = {"scheduler/scheduler_config.json": ("steps_offset", "set_alpha_to_one", "beta_start", "beta_end"),
+            "vae/config.json": ("scaling_factor",), "vocoder/config.json": ("normalize_before",)}
 TEXTS = [
     "", " ", "techno", " techno", "Techno  with   runs    of spaces ", "tabs\tand\n\nnew\r\nlines \n x\t\t",
     "\n", "  \n  ",
@@ -246,6 +253,32 @@ def schedulers():
     np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
 
 
+def left_out():
+    """golden/defaults.json: what the classes take for keys; golden/left_out.npz: audio of checkpoints without one."""
+    transformed = (("text_encoder", ClapConfig), ("text_encoder.text_config", ClapTextConfig),
+                   ("text_encoder.audio_config", ClapAudioConfig), ("vocoder", SpeechT5HifiGanConfig),
+                   ("feature_extractor", ClapFeatureExtractor))
+    defaults = {name: kind().to_dict() for name, kind in transformed}
+    diffused = {"unet": UNet2DConditionModel, "vae": AutoencoderKL,
+                **{kind: getattr(diffusers, kind) for kind in SCHEDULERS.values()}}
+    defaults |= {name: {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
+                 for name, kind in diffused.items()}
+    (GOLDEN / "defaults.json").write_text(json.dumps(defaults, indent=0) + "\n")
+    arrays = {}
+    for name, keys in LEFT_OUT.items():
+        for key in keys:
+            with tempfile.TemporaryDirectory() as folder:
+                path = pathlib.Path(shutil.copytree(GOLDEN / "checkpoint", folder, dirs_exist_ok=True), name)
+                stated = json.loads(path.read_text())
+                del stated[key]
+                path.write_text(json.dumps(stated))
+                pipe = MusicLDMPipeline.from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            result = run(pipe, {**CASES["guided"], "steps": 3, "height": 3}, np.random.default_rng(3))
+            arrays |= {"in_latents": result["in_latents"], f"{name}:{key}": result["audio"]}
+    np.savez_compressed(GOLDEN / "left_out.npz", **arrays)
+
+
 def heard(pipe):
     """The extractor's features of the test waveforms."""
     extractor = pipe.feature_extractor
@@ -271,8 +304,8 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    if sys.argv[1:] == ["schedulers"]:
-        return schedulers()
+    if sys.argv[1:] in (["schedulers"], ["left_out"]):
+        return globals()[sys.argv[1]]()
     if sys.argv[1:]:
         pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])
         pipe.set_progress_bar_config(disable=True)
@@ -300,6 +333,7 @@ def main():
                     transformers=transformers.__version__, numpy=np.__version__)
     (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=0) + "\n")
     schedulers()
+    left_out()
 
 
 if __name__ == "__main__":

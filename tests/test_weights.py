@@ -1,4 +1,5 @@
 """Checkpoints as they occur: dtypes, shards, weight norm, damage; and the exact size of the published architecture."""
+import functools
 import json
 import math
 import mmap
@@ -10,7 +11,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_config, relative_error
+from conftest import CASES, GOLDEN, golden_config, relative_error
 from safetensors.numpy import load_file, save_file
 
 import musicldm
@@ -205,6 +206,77 @@ def test_unusable_checkpoints(checkpoint, damage, message):
     with pytest.raises(InputError, match=message) as error:
         load(checkpoint)
     assert "\n" not in str(error.value)
+
+
+DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())  # of the reference's classes, by section
+DEFAULTS["schedule"] = {**DEFAULTS["DDIMScheduler"], "_class_name": "DDIMScheduler"}  # model_index.json says it too
+
+
+def part(tree, name):
+    return functools.reduce(dict.__getitem__, name.split("."), tree)
+
+
+@pytest.mark.parametrize("name", weights.IMPLEMENTED)
+def test_a_key_that_is_left_out_has_the_default_of_the_reference(checkpoint, name):
+    """Or is refused, if that default is not what the file stated: where it is not implemented, or fits no tensors."""
+    section, path = name.split(".")[0], checkpoint / weights.CONFIG_FILES[name.split(".")[0]]
+    text = path.read_text()
+    for key in part({section: json.loads(text)}, name):
+        stated, whole, default = {section: json.loads(text)}, golden_config(), DEFAULTS[name].get(key)
+        value = part(stated, name).pop(key)
+        path.write_text(json.dumps(stated[section]))
+        try:
+            cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint)
+        except InputError:
+            assert value != default, key
+            continue
+        assert weights.IMPLEMENTED[name].get(key, default) == default, key
+        if f"{name}.{key}" in DEFAULTS:
+            default = {inner: DEFAULTS[f"{name}.{key}"][inner] for inner in whole[name][key]}
+        if key in part(whole, name):
+            part(whole, name)[key] = default
+        assert {**cfg, "weights": None} == {**whole, "weights": None}, key
+
+
+with np.load(GOLDEN / "left_out.npz") as file:
+    LEFT_OUT = dict(file)
+
+
+@pytest.mark.parametrize("name", sorted(LEFT_OUT.keys() - {"in_latents"}))
+def test_audio_without_a_key_equals_the_reference(checkpoint, params, name):
+    """make_golden.py's left_out()."""
+    path, key = name.split(":")
+    stated = json.loads((checkpoint / path).read_text())
+    del stated[key]
+    (checkpoint / path).write_text(json.dumps(stated))
+    cfg = musicldm.load_config(weights=checkpoint)
+    audio = musicldm.generate(cfg, CASES["guided"]["prompt"], params, num_inference_steps=3, audio_length_in_s=0.12,
+                              negative_prompt=CASES["guided"]["negative_prompt"], latents=LEFT_OUT["in_latents"])
+    assert relative_error(audio, LEFT_OUT[name]) < 2e-4
+
+
+@pytest.mark.parametrize("name, key, default", [
+    ("scheduler/scheduler_config.json", "clip_sample", "True"),
+    ("scheduler/scheduler_config.json", "beta_schedule", "'linear'"),
+    ("feature_extractor/preprocessor_config.json", "truncation", "'fusion'"),
+    ("unet/config.json", "class_embed_type", "None")])
+def test_a_default_that_is_not_implemented_is_refused_as_if_it_were_stated(checkpoint, name, key, default):
+    stated = json.loads((checkpoint / name).read_text())
+    del stated[key]
+    (checkpoint / name).write_text(json.dumps(stated))
+    with pytest.raises(InputError, match=f"{name}: {key} is {default}, the reference's default; implemented: "):
+        load(checkpoint)
+
+
+def test_what_a_config_file_leaves_to_the_checkpoint_is_not_taken_from_it(checkpoint, tmp_path):
+    """The published values in config.yaml are for random weights; a checkpoint's own files are complete."""
+    (tmp_path / "my.yaml").write_text("vae: {scaling_factor: 3.0}\nsampling: {seed: 5}")
+    stated = json.loads((checkpoint / "vae/config.json").read_text())
+    del stated["scaling_factor"]
+    (checkpoint / "vae/config.json").write_text(json.dumps(stated))
+    cfg = musicldm.load_config(tmp_path / "my.yaml", checkpoint)
+    assert cfg["vae"]["scaling_factor"] == 0.18215 and cfg["sampling"]["seed"] == 5
+    assert musicldm.load_config()["vae"]["scaling_factor"] == 1.075324296951294
 
 
 def test_everything_wrong_is_listed_at_once(checkpoint):
