@@ -255,14 +255,13 @@ def schedulers():
 
 def left_out():
     """golden/defaults.json: what the classes take for keys; golden/left_out.npz: audio of checkpoints without one."""
-    transformed = (("text_encoder", ClapConfig), ("text_encoder.text_config", ClapTextConfig),
-                   ("text_encoder.audio_config", ClapAudioConfig), ("vocoder", SpeechT5HifiGanConfig),
-                   ("feature_extractor", ClapFeatureExtractor))
-    defaults = {name: kind().to_dict() for name, kind in transformed}
-    diffused = {"unet": UNet2DConditionModel, "vae": AutoencoderKL,
-                **{kind: getattr(diffusers, kind) for kind in SCHEDULERS.values()}}
-    defaults |= {name: {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
-                 for name, kind in diffused.items()}
+    classes = {"text_encoder": ClapConfig, "text_encoder.text_config": ClapTextConfig,
+               "text_encoder.audio_config": ClapAudioConfig, "vocoder": SpeechT5HifiGanConfig,
+               "unet": UNet2DConditionModel, "vae": AutoencoderKL,
+               **{kind: getattr(diffusers, kind) for kind in SCHEDULERS.values()}}
+    defaults = {name: {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()
+                       if parameter.default is not parameter.empty} for name, kind in classes.items()}
+    defaults["feature_extractor"] = ClapFeatureExtractor().to_dict()  # also what is computed from others
     (GOLDEN / "defaults.json").write_text(json.dumps(defaults, indent=0) + "\n")
     arrays = {}
     for name, keys in LEFT_OUT.items():
