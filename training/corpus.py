@@ -31,13 +31,14 @@ from weights import InputError  # noqa: E402
 BANK = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
 RATE = 16000
 OVERSAMPLED = 3  # FluidSynth does not filter what folds down from above half its rate; 48 kHz holds all of the bank
-RMS, PEAK = 0.1, 0.95  # -20 dBFS
+RMS, KNEE, PEAK = 0.1, 0.6, 0.95  # -20 dBFS
 ARRANGEMENTS = 120  # of each style in training; validation draws from as many others
 
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 PITCH_NAMES = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
 DRUMS = {"kick": 36, "rim": 37, "snare": 38, "clap": 39, "hat": 42, "pedal": 44, "open": 46, "crash": 49, "ride": 51,
          "high": 50, "mid": 47, "low": 43, "shaker": 70, "cowbell": 56}
+BALANCE = {"snare": 0.85, "crash": 0.55, "high": 0.8, "mid": 0.8, "low": 0.8, "cowbell": 0.6, "shaker": 0.9}
 
 # ------------------------------------------------------------------------------------------------------------- harmony
 
@@ -61,6 +62,10 @@ def voiced(chords, low, high, size):
         previous = min(candidates, key=lambda pitches: np.abs(np.subtract(pitches, previous)).sum())
         result.append(previous)
     return result
+
+
+def pick(rng, options):
+    return options[rng.integers(len(options))]
 
 
 def at_or_above(pitch_class, low):
@@ -122,29 +127,26 @@ FILLS = ({"snare": "o.o.*.**"}, {"snare": "**..", "high": "..**", "mid": "....**
          {"snare": "*.**", "mid": "....*.*.", "low": "......**"}, {"snare": "****o*o*"}, {"high": "*.*.", "low": "....*.*."})
 
 
-def drums(rng, total, groove, loud=100, fills=FILLS, crash=True):
-    """A groove of one bar with a fill in every fourth bar's second half and a crash after it."""
-    fill, notes = fills[rng.integers(len(fills))] if fills else None, []
-    for bar in range(-(-int(total) // 4)):
-        filled = fill is not None and bar % 4 == 3
+def drums(rng, total, groove, loud=100, fills=FILLS, crash=True, kick=0.8):
+    """A groove of one bar with a fill in every fourth bar's second half and a crash after it.
+
+    `BALANCE` evens out the bank's kits, whose cymbals are faint.
+    """
+    fill, notes, balance = pick(rng, fills), [], {**BALANCE, "kick": kick}
+    for bar in range(int(np.ceil(total / 4))):
         for name, pattern in groove.items():
-            cut = filled and name not in ("kick", "pedal")
-            notes += play(pattern[:8] if cut else pattern, [DRUMS[name]], bar * 4, loud, legato=0.9)
-        if filled:
-            for name, pattern in fill.items():
-                notes += play(pattern, [DRUMS[name]], bar * 4 + 2, loud)
+            cut = bar % 4 == 3 and name not in ("kick", "pedal")
+            notes += play(pattern[:8] if cut else pattern, [DRUMS[name]], bar * 4, loud * balance.get(name, 1))
+        for name, pattern in fill.items() if bar % 4 == 3 else ():
+            notes += play(pattern, [DRUMS[name]], bar * 4 + 2, loud * balance.get(name, 1))
         if crash and bar % 4 == 0:
-            notes.append((bar * 4, 1.0, DRUMS["crash"], loud * 0.75))
+            notes.append((bar * 4, 1, DRUMS["crash"], loud * balance["crash"]))
     return notes
 
 
 # -------------------------------------------------------------------------------------------------------------- styles
 # A style's function gets the arrangement's generator, tonic, mode and the beats to fill, and returns its tracks:
 # (instrument, General MIDI program, level 0 to 127, notes). The program of "drums" is a kit.
-
-def pick(rng, options):
-    return options[rng.integers(len(options))]
-
 
 def harmony(rng, tonic, mode, progressions, size=3):
     return [chord(tonic, mode, degree, size) for degree in pick(rng, progressions[mode])]
@@ -170,9 +172,10 @@ def techno(rng, tonic, mode, total):
     stab = over(chords, 4, lambda slot, tones: play(hook, stabs[slot], legato=0.6, loud=80))
     groove = {"kick": "*...*...*...*...", "open": "..*...*...*...*.", "clap": "....*.......*...",
               "hat": pick(rng, ("*o.o*o.o*o.o*o.o", "oo.ooo.ooo.ooo.o"))}
-    return [("drum machine", 25, 120, drums(rng, total, groove, 110, ({"snare": "o.o.o*o*"}, {"snare": "****o*o*"}))),
-            ("synth bass", 38, 100, phrases(bass, 16, total)), ("synth", 81, 62, phrases(stab, 16, total)),
-            ("synth lead", 80, 58, phrases(riff, 16, total))]
+    return [("drum machine", 25, 87, drums(rng, total, groove, 110, ({"snare": "o.o.o*o*"}, {"snare": "****o*o*"}),
+                                       crash=False, kick=0.5)),
+            ("synth bass", 38, 110, phrases(bass, 16, total)), ("synth", 62, 106, phrases(stab, 16, total)),
+            ("synth lead", 81, 120, phrases(riff, 16, total))]
 
 
 def house(rng, tonic, mode, total):
@@ -185,9 +188,9 @@ def house(rng, tonic, mode, total):
     line = melody(rng, chords, (tonic, SCALES[mode]), ("x---x---x-------", "x-----x-x-------", "x---x-x-x-------"), 72, 88, 4)
     groove = {"kick": "*...*...*...*...", "open": "..*...*...*...*.", "clap": "....*.......*...",
               "shaker": "oooooooooooooooo"}
-    return [("drums", 8, 118, drums(rng, total, groove, 105)), ("bass", 33, 105, phrases(bass, 16, total)),
-            ("piano", 0, 92, phrases(over(chords, 4, lambda slot, _: play(stab, keys[slot], legato=0.7)), 16, total)),
-            ("strings", 48, 66, phrases(line, 16, total))]
+    return [("drums", 8, 118, drums(rng, total, groove, 105)), ("bass", 33, 109, phrases(bass, 16, total)),
+            ("piano", 0, 120, phrases(over(chords, 4, lambda slot, _: play(stab, keys[slot], legato=0.7)), 16, total)),
+            ("strings", 48, 89, phrases(line, 16, total))]
 
 
 def rock(rng, tonic, mode, total):
@@ -200,8 +203,8 @@ def rock(rng, tonic, mode, total):
     solo = melody(rng, chords, (tonic, pentatonic), ("x---x-x-x---x-x-", "x-x-x---x-x-----", "x---x---x-x-x---"), 64, 82, 4)
     groove = {"kick": pick(rng, ("*.....*.*.......", "*.......*.*.....", "*..*....*..*....")), "snare": "....*.......*...",
               "hat": "*.*.*.*.*.*.*.*."}
-    return [("drums", 16, 120, drums(rng, total, groove, 115)), ("bass", 34, 105, phrases(bass, 16, total)),
-            ("distorted guitar", 30, 72, phrases(power, 16, total)), ("lead guitar", 29, 70, phrases(solo, 16, total))]
+    return [("drums", 16, 120, drums(rng, total, groove, 115)), ("bass", 34, 106, phrases(bass, 16, total)),
+            ("distorted guitar", 30, 86, phrases(power, 16, total)), ("lead guitar", 29, 95, phrases(solo, 16, total))]
 
 
 def hiphop(rng, tonic, mode, total):
@@ -212,10 +215,10 @@ def hiphop(rng, tonic, mode, total):
     hook = melody(rng, chords, (tonic, SCALES[mode]), ("....x-x-x---x---", "..x-x---..x-x---", "x---x-x-....x---"), 67, 82, 4)
     groove = {"kick": pick(rng, ("*.....*.*.*.....", "*..*....*.*.....", "*......**.....*.")), "snare": "....*.......*...",
               "hat": pick(rng, ("*.*.*.*.*.*.*.*.", "*.*.*.***.*.*.*o"))}
-    return [("drums", 25, 124, drums(rng, total, groove, 112, FILLS[:1] + FILLS[3:4], crash=False)),
-            ("deep bass", 39, 112, phrases(over(chords, 4, lambda s, _: play(walk, [roots[s]])), 16, total)),
-            ("electric piano", 4, 84, phrases(over(chords, 4, lambda s, _: play(lazy, keys[s], loud=80)), 16, total)),
-            ("vibraphone", 11, 76, phrases(hook, 16, total))]
+    return [("drums", 25, 104, drums(rng, total, groove, 112, FILLS[:1] + FILLS[3:4], crash=False, kick=0.55)),
+            ("deep bass", 39, 73, phrases(over(chords, 4, lambda s, _: play(walk, [roots[s]])), 16, total)),
+            ("electric piano", 4, 72, phrases(over(chords, 4, lambda s, _: play(lazy, keys[s], loud=80)), 16, total)),
+            ("vibraphone", 11, 120, phrases(hook, 16, total))]
 
 
 def jazz(rng, tonic, mode, total):
@@ -231,9 +234,9 @@ def jazz(rng, tonic, mode, total):
                    100) for _ in range(2)]
     groove = {"ride": "*...*.*.*...*.*.", "pedal": "....*.......*...", "kick": "o...o...o...o...",
               "snare": pick(rng, ("......o.......o.", "..........o...o.", "......o.........") )}
-    return [("drums", 32, 112, drums(rng, total, groove, 92, ({"snare": "*.o.*.*."}, {"snare": "..*.*.o."}), crash=False)),
-            ("double bass", 32, 124, phrases(bass, 16, total)),
-            ("piano", 0, 96, phrases(over(chords, 4, lambda slot, _: play(comp, keys[slot], loud=72)), 16, total)
+    return [("drums", 32, 120, drums(rng, total, groove, 92, ({"snare": "*.o.*.*."}, {"snare": "..*.*.o."}), crash=False)),
+            ("double bass", 32, 62, phrases(bass, 16, total)),
+            ("piano", 0, 107, phrases(over(chords, 4, lambda slot, _: play(comp, keys[slot], loud=72)), 16, total)
              + phrases(solo[0], 16, total, solo[1]))]
 
 
@@ -257,9 +260,9 @@ def strings(rng, tonic, mode, total):
     inner, roots = voiced(chords, 55, 69, 3), [at_or_above(tones[0], 36) for tones in chords]
     pulse = pick(rng, ("*-*-*-*-", "*---*-*-", "*---*---"))
     tune = melody(rng, chords, (tonic, SCALES[mode]), ("x---x---", "x-----x-", "x---x-x-"), 71, 88, 2, 100)
-    return [("violins", 48, 100, phrases(tune, 16, total)),
-            ("violas", 48, 84, phrases(over(chords, 2, lambda s, _: play(pulse, inner[s], loud=84, legato=0.8)), 16, total)),
-            ("cellos", 42, 100, phrases(over(chords, 2, lambda s, _: play("0---1---", [roots[s], roots[s] + 12], loud=92,
+    return [("violins", 48, 120, phrases(tune, 16, total)),
+            ("violas", 48, 98, phrases(over(chords, 2, lambda s, _: play(pulse, inner[s], loud=84, legato=0.8)), 16, total)),
+            ("cellos", 42, 115, phrases(over(chords, 2, lambda s, _: play("0---1---", [roots[s], roots[s] + 12], loud=92,
                                                                          legato=0.85)), 16, total))]
 
 
@@ -287,9 +290,9 @@ def ambient(rng, tonic, mode, total):
     chords = harmony(rng, tonic, mode, {"major": ((0, 3, 5, 3), (0, 2, 3, 3)), "minor": ((0, 5, 3, 5), (0, 5, 2, 6))}, 4)
     pads, roots = voiced(chords, 52, 70, 4), [at_or_above(tones[0], 36) for tones in chords]
     bells = melody(rng, chords, (tonic, SCALES[mode]), ("x---....x---....", "x---x---........", "....x---....x---"), 74, 91, 4, 70)
-    return [("pad", 89, 110, phrases(over(chords, 4, lambda s, _: play("*" + "-" * 15, pads[s], legato=1.1)), 16, total)),
-            ("choir pad", 91, 70, phrases(over(chords, 4, lambda s, _: play("0" + "-" * 15, [roots[s]], legato=1.1)), 16, total)),
-            ("bells", 98, 52, phrases(bells, 16, total))]
+    return [("pad", 92, 53, phrases(over(chords, 4, lambda s, _: play("*" + "-" * 15, pads[s], legato=1.1)), 16, total)),
+            ("choir pad", 91, 69, phrases(over(chords, 4, lambda s, _: play("0" + "-" * 15, [roots[s]], legato=1.1)), 16, total)),
+            ("bells", 98, 120, phrases(bells, 16, total))]
 
 
 def arpeggios(rng, tonic, mode, total):
@@ -297,9 +300,9 @@ def arpeggios(rng, tonic, mode, total):
     shapes, roots = voiced(chords, 60, 84, 4), [at_or_above(tones[0], 36) for tones in chords]
     figure = pick(rng, ("0123210123210123", "0121012101210121", "0123012301230123", "3210321032103210", "0213021302130213"))
     bass = over(chords, 4, lambda slot, _: play("0---0---0---0---", [roots[slot]], loud=88))
-    return [("arpeggiator", 80, 84, phrases(over(chords, 4, lambda s, _: play(figure, shapes[s], legato=0.7)), 16, total)),
-            ("synth bass", 38, 84, phrases(bass, 16, total)),
-            ("pad", 90, 52, phrases(over(chords, 4, lambda s, _: play("*" + "-" * 15, [p - 12 for p in shapes[s][:3]])), 16, total))]
+    return [("arpeggiator", 80, 120, phrases(over(chords, 4, lambda s, _: play(figure, shapes[s], legato=0.7)), 16, total)),
+            ("synth bass", 38, 92, phrases(bass, 16, total)),
+            ("pad", 90, 81, phrases(over(chords, 4, lambda s, _: play("*" + "-" * 15, [p - 12 for p in shapes[s][:3]])), 16, total))]
 
 
 def drumkit(rng, tonic, mode, total):
@@ -308,6 +311,17 @@ def drumkit(rng, tonic, mode, total):
     top = pick(rng, (("hat", "*.*.*.*.*.*.*.*."), ("hat", "*o*o*o*o*o*o*o*o"), ("ride", "*.*.*.*.*.*.*.*."), ("low", "*..*..*.*..*..*.")))
     extra = pick(rng, ({}, {"cowbell": "*...*...*...*..."}, {"shaker": "oooooooooooooooo"}, {"open": "..............*."}))
     return [("drums", 0, 120, drums(rng, total, {"kick": kick, "snare": snare, top[0]: top[1], **extra}, 112))]
+
+
+def apart(notes):
+    """Notes in order, each ended before its pitch comes again, as one key plays one note; doubled ones once."""
+    following, kept = {}, []
+    for onset, length, pitch, velocity in notes[np.argsort(notes[:, 0], kind="stable")][::-1]:
+        length = min(length, following.get(pitch, np.inf) - onset - 0.002)
+        if length > 0.02:
+            kept.append((onset, length, pitch, velocity))
+            following[pitch] = onset
+    return np.array(kept[::-1])
 
 
 C, D, E, F, G, A = 0, 2, 4, 5, 7, 9
@@ -350,6 +364,7 @@ def compose(index, seed=0, seconds=10.24):
         steady = 0 if style in ("techno", "house", "synth arpeggios") else 0.004
         notes[:, 0] = np.maximum(0, notes[:, 0] + np.clip(rng.normal(0, 1, len(notes)), -2, 2) * steady)
         notes[:, 3] = np.clip(np.round(notes[:, 3] + rng.normal(0, 4, len(notes))), 1, 127)
+        notes = apart(notes)
         tracks.append({"instrument": name, "program": program, "level": level, "reverb": reverb, "notes": notes,
                        "drums": name in ("drums", "drum machine")})
     return {"tempo": tempo, "downbeats": [round(bar * 240 / tempo, 6) for bar in range(int(np.ceil(beats / 4 - 1e-9)))],
@@ -384,8 +399,8 @@ def midi_file(tracks, seconds):
     return b"MThd" + struct.pack(">IHHH", 6, 0, 1, 1000) + b"MTrk" + struct.pack(">I", len(body)) + body
 
 
-def render(tracks, seconds=10.24):
-    """Tracks of `compose` as FluidSynth plays them: (samples,) float32 at 16 kHz, RMS -20 dBFS, peak at most 0.95."""
+def synthesise(tracks, seconds):
+    """Tracks of `compose` as FluidSynth plays them: (samples,) at 16 kHz, at their own loudness."""
     with tempfile.NamedTemporaryFile(suffix=".mid") as file:
         file.write(midi_file(tracks, seconds))
         file.flush()
@@ -395,9 +410,15 @@ def render(tracks, seconds=10.24):
                                *(f"-o{option}" for option in options), "-F", "-", BANK, file.name],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
     audio = np.frombuffer(done.stdout, "<f4").reshape(-1, 2).mean(1)[:int(round(seconds * RATE)) * OVERSAMPLED]
-    audio = resample_poly(audio, 1, OVERSAMPLED)
+    return resample_poly(audio, 1, OVERSAMPLED)
+
+
+def render(tracks, seconds=10.24):
+    """Tracks of `compose` as sound: (samples,) float32 at 16 kHz, RMS about -20 dBFS, peak below 0.95."""
+    audio = synthesise(tracks, seconds)
     audio *= RMS / np.sqrt(np.mean(audio ** 2))
-    return (audio * min(1, PEAK / np.abs(audio).max())).astype(np.float32)
+    over = np.maximum(np.abs(audio) - KNEE, 0)  # peaks of drums are rounded off
+    return (np.clip(audio, -KNEE, KNEE) + np.sign(audio) * (PEAK - KNEE) * np.tanh(over / (PEAK - KNEE))).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ captions
