@@ -78,9 +78,10 @@ def transposed_length(length, kernel, stride):
 
 
 @constexpr
-def geometry2d(shape, stride, upsample_to, loop):
+def geometry2d(shape, stride, upsample_to, loop, padding=1):
     out_size = upsample_to[1:] if upsample_to else tuple((size - 1) // stride + 1 for size in shape[1:])
-    return shape[0], shape[1:], out_size, (3, 3), (stride, stride), (1, 1), (1, 1), 2 if upsample_to else 1, loop
+    return (shape[0], shape[1:], out_size, (3, 3), (stride, stride), (1, 1), (padding, padding),
+            2 if upsample_to else 1, loop)
 
 
 @constexpr
@@ -371,6 +372,11 @@ def conv2d(x, shape, p, loop):
 def downsample(x, shape, p, loop):
     """`conv2d` with stride 2, which must divide H if it is a loop: (N * ceil(H / 2) * ceil(W / 2), O)."""
     return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 2, None, loop)), p["bias"])
+
+
+def encoder_downsample(x, shape, p):
+    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0)."""
+    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 2, None, False, 0)), p["bias"])
 
 
 def upsample(x, shape, out_shape, p, loop):

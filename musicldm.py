@@ -37,8 +37,9 @@ from PIL import Image, ImageDraw
 import layers
 import weights as checkpoints
 from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_transpose1d, doubled, downsample,
-                    group_norm, hifigan_block, image_attention, layer_norm, linear, nth, patch_merging, polyphase,
-                    pyramid, resnet, spatial_transformer, swin_block, tanh, upsample, upsampled)
+                    encoder_downsample, group_norm, hifigan_block, image_attention, layer_norm, linear, nth,
+                    patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
+                    upsampled)
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
@@ -310,7 +311,8 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
 def unet(x, timestep, class_labels, p, cfg, loop):
     """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in x at a timestep, given CLAP vectors.
 
-    x (N, H, W, 8), timestep (1, block_out_channels[0]) its sinusoids, class_labels (N, projection_dim) -> (N, H, W, 8)
+    x (N, H, W, 8), timestep (1 or N, block_out_channels[0]) its sinusoids, class_labels (N, projection_dim)
+    -> (N, H, W, 8)
     With `loop` the latents repeat themselves along H, which 2 ** (levels - 1) must divide.
     """
     channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
@@ -363,6 +365,31 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
         return unet(x, timestep, embeds, p, cfg, loop)
     away, toward = ops.chunk(unet(ops.cat((x, x), 0), timestep, embeds, p, cfg, loop), 2, 0)
     return away + guidance_scale * (toward - away)
+
+
+@mindspore.jit
+def vae_encode(x, p, cfg):
+    """diffusers' AutoencoderKL.encode: log-mel (N, 4 H, 4 W) -> latents' mean and log variance, (N, H, W, 8) each.
+
+    Neither is multiplied by scaling_factor; the log variance is cut to -30 to 20, as there.
+    """
+    groups, levels, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), 1e-6
+    shapes, p, quant_conv = pyramid(x.shape, levels), p["encoder"], p["quant_conv"]
+    x = conv2d(x.reshape(-1, 1), shapes[0], p["conv_in"], False)
+    for level in range(levels):
+        block, shape = p[nth("down_blocks", level)], shapes[level]
+        for i in range(cfg["layers_per_block"]):
+            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, False)
+        if "downsamplers.0" in block:
+            x = encoder_downsample(x, shape, block["downsamplers.0"]["conv"])
+    block, shape = p["mid_block"], shapes[-1]
+    x = resnet(x, shape, None, block["resnets.0"], groups, eps, False)
+    x = image_attention(x, shape, block["attentions.0"], groups)
+    x = resnet(x, shape, None, block["resnets.1"], groups, eps, False)
+    x = conv2d(ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps)), shape, p["conv_out"], False)
+    mean, log_variance = ops.Split(-1, 2)(conv1x1(x, quant_conv))
+    latents = (*shape, -1)
+    return mean.reshape(latents), ops.clamp(log_variance, -30.0, 20.0).reshape(latents)
 
 
 @mindspore.jit
@@ -590,6 +617,16 @@ def resample(audio, rate, new_rate):
     return dsp.resample_poly(np.asarray(audio, np.float64), up, down, axis=-1, window=lowpass)
 
 
+def spectra(waveform, size, hop):
+    """Magnitudes, (frames, size / 2 + 1), of a waveform (samples,) under Hann windows of `size`, one every `hop`.
+
+    The first is centred on the first sample; what lies outside the waveform is its reflection.
+    """
+    waveform = np.pad(waveform.astype(np.float64), size // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
+    return np.abs(np.fft.rfft(frames * np.hanning(size + 1)[:-1]))
+
+
 def mel_filters(extractor):
     """Slaney's mel bands (Auditory Toolbox, 1998), each of area 1: (fft_window_size / 2 + 1, feature_size) float64."""
     def mel(hertz):  # linear up to 1000 Hz, 27 bands to a factor of 6.4 above
@@ -610,14 +647,26 @@ def clap_features(cfg, waveforms):
     """
     extractor = cfg["feature_extractor"]
     length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
-    window, filters, features = np.hanning(size + 1)[:-1], mel_filters(extractor), []
+    filters, features = mel_filters(extractor), []
     for waveform in checked_audio(waveforms, extractor["sampling_rate"]):
-        waveform = np.tile(waveform[:length].astype(np.float64), max(1, length // len(waveform)))
-        waveform = np.pad(np.pad(waveform, (0, length - len(waveform))), size // 2, mode="reflect")
-        frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
-        power = np.abs(np.fft.rfft(frames * window)) ** 2
+        waveform = np.tile(waveform[:length], max(1, length // len(waveform)))
+        power = spectra(np.pad(waveform, (0, length - len(waveform))), size, hop) ** 2
         features.append(10 * np.log10(np.maximum(power @ filters, 1e-10)))
     return np.stack(features)[:, None].astype(np.float32)
+
+
+def log_mel(vocoder, waveform):
+    """The log-mel spectrogram that VAE and vocoder work on: (samples,) at the vocoder's rate -> np.float32 (frames, 64).
+
+    There are samples / 160 frames, rounded up (160 is the product of upsample_rates); silence fills the last one.
+    Slaney's bands from 0 Hz to half the rate over magnitudes, log of at least 1e-5: the authors' training code.
+    """
+    hop = math.prod(vocoder["upsample_rates"])
+    filters = mel_filters({"fft_window_size": 1024, "sampling_rate": vocoder["sampling_rate"], "frequency_min": 0,
+                           "frequency_max": vocoder["sampling_rate"] / 2, "feature_size": vocoder["model_in_dim"]})
+    waveform = np.pad(waveform, (0, -len(waveform) % hop))
+    magnitudes = spectra(waveform, 1024, hop)[:len(waveform) // hop]
+    return np.log(np.maximum(magnitudes @ filters, 1e-5)).astype(np.float32)
 
 
 def stretch(x, frames):
@@ -729,6 +778,25 @@ def read_audio(cfg, audio):
         return checked_audio([waveform], rate)[0], rate
     except InputError as error:
         raise InputError(f"audio_prompt: {error}") from None
+
+
+def encode_latents(cfg, params, audio, sampling_rate=16000):
+    """The UNet's latents np.float32 (n, 8, h, w) of waveforms, the inverse of `decode_latents` and `vocode`.
+
+    They are the means of the VAE's encoder times scaling_factor. Silence fills the last row of a waveform.
+    audio, sampling_rate: as in `encode_audio`, but all of it counts, and all waveforms are of one length
+    """
+    waveforms = checked_audio(audio, sampling_rate)
+    if len({len(waveform) for waveform in waveforms}) > 1:
+        raise InputError("audio holds waveforms of several lengths; valid: of one length")
+    vocoder, p, vae, latents = cfg["vocoder"], mindspore.mutable(params["vae"]), frozen(cfg["vae"]), []
+    factor = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    for waveform in waveforms:
+        mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
+        mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
+        mean, _ = vae_encode(to_tensor(cfg, mel[None]), p, vae)
+        latents.append(to_numpy(mean).transpose(0, 3, 1, 2) * np.float32(cfg["vae"]["scaling_factor"]))
+    return finite(np.concatenate(latents), "the latents")
 
 
 def decode_latents(cfg, params, latents, loop=False):

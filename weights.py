@@ -291,9 +291,8 @@ def read_vocabulary(vocab_path, merges_path, size, identities):
     return vocab, {merge: rank for rank, merge in enumerate(merges)}
 
 
-def vocabulary_files(cfg):
+def vocabulary_files(vocab, ranks):
     """What TOKENIZER_FILES hold of `load_vocabulary`."""
-    vocab, ranks = load_vocabulary(cfg)
     merges = ["#version: 0.2", *sorted(ranks, key=ranks.get), ""]
     return json.dumps(vocab, ensure_ascii=False), "\n".join(merges)
 
@@ -771,12 +770,13 @@ def checked_arrays(cfg, params, dtype):
     return arrays
 
 
-def save_params(cfg, params, folder, dtype="float32"):
+def save_params(cfg, params, folder, dtype="float32", vocabulary=None):
     """Write a checkpoint that load_params and diffusers' MusicLDMPipeline.from_pretrained read: all of it or nothing.
 
-    params: a tree such as load_params(cfg) returns, of any float dtype; the vocabulary is that of cfg["weights"]
+    params: a tree such as load_params(cfg) returns, of any float dtype
     folder: a new or an empty one
     dtype: "float32" or "float16"
+    vocabulary: what `load_vocabulary` returns; None is that of cfg["weights"]
     Raises InputError for a tree that is not of cfg's architecture or not finite in `dtype`, a folder that holds
     something, and one that cannot be written.
     """
@@ -790,7 +790,7 @@ def save_params(cfg, params, folder, dtype="float32"):
         arrays = checked_arrays(cfg, params, dtype)
         arrays["text_encoder"] |= clap_buffers(cfg["text_encoder"])
         texts = {name: json.dumps(content, indent=2) for name, content in config_files(cfg).items()}
-        texts |= dict(zip(TOKENIZER_FILES, vocabulary_files(cfg)))
+        texts |= dict(zip(TOKENIZER_FILES, vocabulary_files(*(vocabulary or load_vocabulary(cfg)))))
         part.mkdir()
         for name in CLASSES:
             (part / name).mkdir()

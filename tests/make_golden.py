@@ -5,6 +5,7 @@
     python tests/make_golden.py
     python tests/make_golden.py schedulers            # instead: golden/schedulers.npz alone, with the stored checkpoint
     python tests/make_golden.py left_out              # instead: golden/left_out.npz and defaults.json alone, likewise
+    python tests/make_golden.py training              # instead: golden/training.npz alone, likewise
     python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
@@ -31,7 +32,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig,
                           RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig)
-from waveforms import SECONDS, waveform
+from waveforms import SECONDS, SPOKEN, sketch, waveform
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 CHANNELS = (12, 8, 12, 16)
@@ -285,6 +286,63 @@ def heard(pipe):
     return extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features.float()
 
 
+def gradients(model, loss):
+    """Of a scalar loss with respect to all parameters that it depends on: {name: what `sketch` keeps}."""
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    return {"loss": sketch(value.detach().numpy()), **{
+        name: sketch(x.grad.numpy()) for name, x in model.named_parameters() if x.grad is not None}}
+
+
+@torch.enable_grad()
+def training():
+    """golden/training.npz: losses and their gradients by torch's autograd, the VAE's latents, log-mel spectrograms."""
+    import librosa
+    pipe = MusicLDMPipeline.from_pretrained(GOLDEN / "checkpoint")
+    clap, unet, vae, vocoder = (model.eval() for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder))
+    rng, arrays = np.random.default_rng(3), {}
+
+    def given(name, *shape):
+        arrays[f"in_{name}"] = rng.standard_normal(shape, np.float32)
+        return torch.from_numpy(arrays[f"in_{name}"])
+
+    def keep(kind, found):
+        arrays.update({f"{kind}.names": list(found), f"{kind}.sketches": np.concatenate([*found.values()])})
+
+    x, noise, timesteps = given("x", 3, 8, 8, 4), given("noise", 3, 8, 8, 4), torch.tensor([0, 400, 999])
+    labels = functional.normalize(given("labels", 3, 24))
+    keep("unet", gradients(unet, lambda: ((unet(x, timesteps, None, class_labels=labels).sample - noise) ** 2).mean()))
+
+    waves = [waveform(seconds, 16000)[:6400] for seconds in SECONDS[1:]]
+    mels = [librosa.feature.melspectrogram(y=wave, sr=16000, n_fft=1024, hop_length=160, center=True, power=1.0,
+                                           pad_mode="reflect", n_mels=16, fmin=0, fmax=8000)[:, :40] for wave in waves]
+    mel = torch.from_numpy(np.log(np.maximum(mels, 1e-5)).transpose(0, 2, 1).astype(np.float32))[:, None]
+    arrays["log_mel"] = mel[:, 0].numpy()
+    z = given("z", 3, 8, 10, 4)
+
+    def vae_loss():
+        latents = vae.encode(mel).latent_dist
+        arrays["latents"] = (latents.mean * vae.config.scaling_factor).detach().numpy()
+        decoded = vae.decode(latents.mean + latents.std * z).sample
+        return ((decoded - mel) ** 2).mean() + latents.kl().mean() / latents.mean[0].numel()
+
+    keep("vae", gradients(vae, vae_loss))
+    weights = given("weights", 3, 40 * 160)
+    keep("vocoder", gradients(vocoder, lambda: (vocoder(mel[:, 0])[:, :40 * 160] * weights).mean()))
+    extractor = pipe.feature_extractor
+    features = extractor([waveform(seconds, extractor.sampling_rate)[:extractor.nb_max_samples] for seconds in SECONDS],
+                         sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features.float()
+    tokens = pipe.tokenizer(SPOKEN, padding=True, truncation=True, max_length=48, return_tensors="pt")
+
+    def clap_loss():
+        out, own = clap(**tokens, input_features=features), torch.arange(len(features))
+        return sum(functional.cross_entropy(logits, own) for logits in (out.logits_per_text, out.logits_per_audio)) / 2
+
+    keep("text_encoder", gradients(clap, clap_loss))
+    np.savez_compressed(GOLDEN / "training.npz", **arrays)
+
+
 def hear(pipe):
     """What the audio tower makes of the test waveforms and the prompts; every 25th frame of the features."""
     features, prompts = heard(pipe), CASES["batch"]["prompt"]
@@ -303,7 +361,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    if sys.argv[1:] in (["schedulers"], ["left_out"]):
+    if sys.argv[1:] in (["schedulers"], ["left_out"], ["training"]):
         return globals()[sys.argv[1]]()
     if sys.argv[1:]:
         pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])
@@ -333,6 +391,7 @@ def main():
     (GOLDEN / "versions.json").write_text(json.dumps(versions, indent=0) + "\n")
     schedulers()
     left_out()
+    training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,378 @@
+"""Training: what differentiates, against torch's autograd on the reference's own modules; runs; and bad input."""
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import mindspore
+import numpy as np
+import pytest
+import safetensors.numpy
+import soundfile
+import yaml
+from conftest import GOLDEN, golden_config, relative_error
+from mindspore import Tensor, ops
+from scipy import stats
+from waveforms import SECONDS, SPOKEN, sketch, waveform
+
+import musicldm
+import weights
+from weights import InputError
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
+import data
+import losses
+import mixup
+import train
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with np.load(GOLDEN / "training.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def gradients(loss, network, arrays):
+    """{"loss": ..., name: sketch of its gradient} of a loss over a network's tree."""
+    value, grads = mindspore.jit(mindspore.value_and_grad(loss, None, mindspore.ParameterTuple(network.leaves)))(
+        *map(Tensor, arrays))
+    return {"loss": sketch(value.asnumpy()), **{name: sketch(x.asnumpy()) for name, x in zip(network.shapes, grads)}}
+
+
+def compare(found, stored, model):
+    """Every tensor's gradient to 1e-4 of its largest number; none is missing."""
+    names, sketches = stored[f"{model}.names"].tolist(), stored[f"{model}.sketches"]
+    assert sorted(found) == sorted(names)
+    ends = np.cumsum([len(found[name]) for name in names])
+    wanted = dict(zip(names, np.split(sketches, ends[:-1]), strict=True))
+    scale = max(np.abs(x).max() for x in wanted.values())
+    for name, x in wanted.items():
+        # a gradient that is zero but for rounding (a key's bias: softmax does not see it) is held to the others
+        error = np.abs(found[name] - x).max() / max(np.abs(x).max(), 1e-3 * scale)
+        assert error < 1e-4, f"{name}: {error}"
+
+
+def test_unet_with_a_timestep_a_sample(stored, params):
+    cfg = golden_config()
+    network, unet = train.make_network(train.trained(params["unet"])), musicldm.frozen(cfg["unet"])
+    unet["attention_head_dim"], tree = weights.heads_by_level(cfg["unet"]), network.tree
+    labels = stored["in_labels"] / np.linalg.norm(stored["in_labels"], axis=1, keepdims=True)
+    sinusoids = musicldm.timestep_embedding([0, 400, 999], cfg["unet"]["block_out_channels"][0])
+
+    def loss(x, noise, sinusoids, labels):
+        error = musicldm.unet(x, sinusoids, labels, tree, unet, False) - noise
+        return (error * error).mean()
+
+    x, noise = (np.ascontiguousarray(stored[name].transpose(0, 2, 3, 1)) for name in ("in_x", "in_noise"))
+    compare(gradients(loss, network, [x, noise, sinusoids, labels]), stored, "unet")
+
+
+def test_vae(stored, params):
+    cfg = golden_config()
+    network, vae = train.make_network(train.trained(params["vae"])), musicldm.frozen(cfg["vae"])
+    tree = network.tree
+
+    def loss(mel, z):
+        mean, log_variance = musicldm.vae_encode(mel, tree, vae)
+        error = musicldm.vae_decode(mean + ops.exp(log_variance / 2) * z, tree, vae, False) - mel
+        return (error * error).mean() + losses.kl_divergence(mean, log_variance)
+
+    z = np.ascontiguousarray(stored["in_z"].transpose(0, 2, 3, 1))
+    compare(gradients(loss, network, [stored["log_mel"], z]), stored, "vae")
+
+
+def test_vocoder(stored, params):
+    cfg = golden_config()
+    network = train.make_network(train.trained(params["vocoder"], ("mean", "scale")))
+    tree, vocoder = train.with_constants(network, params["vocoder"]), musicldm.frozen(cfg["vocoder"])
+
+    def loss(mel, weights):
+        return (musicldm.hifigan(mel, tree, vocoder)[:, :weights.shape[1]] * weights).mean()
+
+    compare(gradients(loss, network, [stored["log_mel"], stored["in_weights"]]), stored, "vocoder")
+
+
+def test_clap(stored, params):
+    cfg = golden_config()
+    network = train.make_network(train.trained(params["text_encoder"], ("running_mean", "running_var")))
+    loss = train.clap_loss(train.with_constants(network, params["text_encoder"]), cfg["text_encoder"])
+    rate = cfg["feature_extractor"]["sampling_rate"]
+    features = train.clap_inputs(cfg, [waveform(seconds, rate) for seconds in SECONDS])
+    compare(gradients(loss, network, [features, *train.text_inputs(cfg, SPOKEN, 48)]), stored, "text_encoder")
+
+
+def test_latents_and_log_mel_equal_the_references(stored, params):
+    cfg = golden_config()
+    waves = np.stack([waveform(seconds, 16000)[:6400] for seconds in SECONDS[1:]])
+    mel = np.stack([musicldm.log_mel(cfg["vocoder"], wave) for wave in waves])
+    assert relative_error(mel, stored["log_mel"]) < 2e-5
+    latents = musicldm.encode_latents(cfg, params, waves)
+    assert latents.dtype == np.float32 and relative_error(latents, stored["latents"]) < 2e-5
+    shorter = musicldm.encode_latents(cfg, params, waves[:1, :5761])  # 37 frames: silence fills the last row up
+    assert shorter.shape == (1, 8, 10, 4)
+    again = musicldm.encode_latents(cfg, params, [musicldm.resample(waves[0], 16000, 44100)], 44100)
+    assert relative_error(again[:, :, 1:-1], latents[:1, :, 1:-1]) < 0.05
+
+
+@pytest.mark.parametrize("audio, rate, message", [
+    ([np.zeros(10), np.zeros(11)], 16000, "several lengths"), (np.zeros(10, int), 16000, "floating-point"),
+    (np.array([np.nan]), 16000, "NaN"), (np.zeros(10), 10, "sampling_rate"),
+])
+def test_what_cannot_be_encoded(audio, rate, message, params):
+    with pytest.raises(InputError, match=message):
+        musicldm.encode_latents(golden_config(), params, audio, rate)
+
+
+# -------------------------------------------------------------------------------------------------------------- mixup
+
+def test_tempos_of_one_group():
+    tracks = [{"tempo": tempo, "downbeats": [0.0]} for tempo in (120, 121, 60, 240, 125, 90)]
+    assert mixup.partners([*tracks, {"tempo": 120}, {"tempo": None, "downbeats": [0.0]}]) == [
+        [1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [], [], [], []]
+
+
+def test_downbeats_coincide_and_nothing_else_is_heard():
+    rng = np.random.default_rng(0)
+    a, b = np.zeros(1000), np.zeros(900)
+    a[[100, 350]], b[[40, 290]] = 1.0, 10.0
+    mixed = mixup.mix(a, b, 100, 40, 0.25)
+    assert len(mixed) == 860 and np.flatnonzero(mixed).tolist() == [0, 250]
+    assert np.array_equal(mixed[[0, 250]], [0.25 + 7.5] * 2)
+    x, y = rng.standard_normal((2, 20, 4, 8)).astype(np.float32)
+    weight = np.float32(0.3)
+    assert np.array_equal(mixup.mix(x, y, 5, 2, weight), weight * x[5:] + (1 - weight) * y[2:17])
+
+
+def test_lambda_is_beta_and_downbeats_leave_enough():
+    rng = np.random.default_rng(0)
+    assert stats.kstest([mixup.draw_lambda(rng) for _ in range(2000)], stats.beta(5, 5).cdf).pvalue > 0.01
+    drawn = {mixup.draw_downbeat([0.5, 2.5, 4.5, 6.5], 8.0, 3.0, rng) for _ in range(100)}
+    assert drawn == {0.5, 2.5, 4.5} and mixup.draw_downbeat([6.0], 8.0, 3.0, rng) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright synths", "dark bass", "soft bells", "noise"]
+TINY = {"clap": {"batch": 8, "crop": 1.0, "learning_rate": 3e-3, "warmup": 10},
+        "vae": {"batch": 4, "crop": 0.32, "learning_rate": 5e-3, "warmup": 10},
+        "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [2, 4],
+                    "adversarial_from": 100},
+        "unet": {"batch": 8, "crop": 0.32, "segment": 1.28, "learning_rate": 5e-3, "warmup": 10, "ema": 0.9}}
+STEPS = {"clap": 100, "vae": 200, "vocoder": 103, "unet": 200}
+
+
+def overrides(stage, **more):
+    return [f"{name}={value}" for name, value in {**TINY[stage], "report_steps": 100, **more}.items()]
+
+
+def write_corpus(folder, n=8, rate=16000, seconds=1.28):
+    """n clips of a beat and a tone, each its own, of tempo 94 or 188, with a downbeat every 0.32 s."""
+    folder.mkdir()
+    t, lines = np.arange(round(seconds * rate)) / rate, []
+    for i in range(n):
+        beat = np.exp(-40 * (t % (0.16 + 0.16 * (i % 2))))
+        audio = 0.5 * beat * np.sin(2 * np.pi * 150 * (i + 1) * t)
+        soundfile.write(folder / f"{i}.wav", audio, rate)
+        lines.append({"audio": f"{i}.wav", "captions": [CAPTIONS[i], f"music {CAPTIONS[i]}"], "tempo": 93.75 * (1 + i % 2),
+                      "downbeats": [0.0, 0.32, 0.64, 0.96]})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """The tiny checkpoint's architecture as a config file for random weights."""
+    path, cfg = tmp_path_factory.mktemp("config") / "tiny.yaml", golden_config()
+    path.write_text(yaml.safe_dump({**{name: cfg[name] for name in (*weights.MODELS, "feature_extractor")}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tiny_config, tmp_path_factory):
+    """All four stages from random weights, one on another: {stage: (folder, losses)}."""
+    folder, start, found = tmp_path_factory.mktemp("runs"), "random", {}
+    for stage in ("clap", "vae", "vocoder", "unet"):
+        history = train.train(stage, corpus, folder / stage, start, tiny_config, overrides(stage), STEPS[stage], seed=4,
+                              say=lambda text: None)
+        start, found[stage] = str(folder / stage / "checkpoint"), (folder / stage, history)
+    return found
+
+
+@pytest.mark.parametrize("stage", ["clap", "vae", "vocoder", "unet"])
+def test_every_stage_learns(stage, runs):
+    history = runs[stage][1][:100 if stage == "vocoder" else None, 0]
+    assert len(history) and np.mean(history[-10:]) < np.mean(history[:5]) / 2
+
+
+def test_the_discriminators_learn_when_their_time_has_come(runs):
+    _, history = runs["vocoder"]
+    assert np.all(history[:100, 1] == 0) and np.all(history[100:, 1] > 0)
+
+
+def test_what_was_trained_plays(runs, tmp_path):
+    out = tmp_path / "a.wav"
+    assert musicldm.main(["--weights", str(runs["unet"][0] / "checkpoint"), "--prompt", "slow piano", "--seconds", "1.28",
+                          "--steps", "5", "--out", str(out), "--quiet"]) == 0
+    audio, rate = soundfile.read(out)
+    assert (len(audio), rate) == (20480, 16000) and audio.std() > 1e-3
+
+
+def test_stages_leave_the_others_as_they_were(runs):
+    loaded = {stage: weights.load_params(musicldm.load_config(weights=str(folder / "checkpoint")))
+              for stage, (folder, _) in runs.items()}
+    for stage, before, model in (("vae", "clap", "vae"), ("vocoder", "vae", "vocoder"), ("unet", "vocoder", "unet")):
+        for name in weights.MODELS:
+            same = all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in zip(
+                weights.flatten(loaded[stage][name]).values(), weights.flatten(loaded[before][name]).values()))
+            assert same == (name != model)
+
+
+def test_scaling_factor_makes_unit_latents(runs, corpus):
+    cfg = musicldm.load_config(weights=str(runs["vae"][0] / "checkpoint"))
+    audio = np.stack([soundfile.read(path)[0] for path in sorted(corpus.glob("*.wav"))])
+    assert musicldm.encode_latents(cfg, weights.load_params(cfg), audio).std() == pytest.approx(1, rel=0.1)
+
+
+def test_conditions_and_mixes(runs, corpus):
+    with np.load(runs["unet"][0] / "examples.npz") as file:
+        ends, captions, vectors = file["ends"], file["caption_ends"], file["vectors"]
+    counts, texts = np.diff(ends, prepend=0), np.diff(captions, prepend=0)
+    assert (counts[:8] == 32).all() and (texts[:8] == 2).all() and (texts[8:] == 0).all()
+    assert len(ends) == 16 and set(counts[8:]) <= {8, 16, 24, 32}  # cut at a downbeat: 0.32 s are 8 rows
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_a_run_is_its_seed_and_goes_on_after_a_kill(runs, corpus, tmp_path):
+    """Two runs of ten steps, one of them killed and gone on with: equal to the byte, state and checkpoint."""
+    command = [sys.executable, train.__file__, "vae", "--data", str(corpus), "--weights", str(runs["clap"][0] / "checkpoint"),
+               "--steps", "10", "--seed", "3"]
+    for setting in overrides("vae", save_minutes=0.0, report_steps=1):
+        command += ["--set", setting]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.kill()
+            break
+    process.wait()
+    assert not (killed / "checkpoint").exists()
+    ended = subprocess.run([*command, "--out", str(killed)], check=True, capture_output=True, text=True)
+    assert "goes on from step" in ended.stdout
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    assert "state.safetensors" in map(str, files) and len(files) > 10
+    assert files == [path.relative_to(killed) for path in sorted(killed.rglob("*")) if path.is_file()]
+    for path in files:
+        assert (whole / path).read_bytes() == (killed / path).read_bytes(), path
+
+
+def test_ctrl_c_saves_and_stops(runs, corpus, tmp_path):
+    command = [sys.executable, train.__file__, "vae", "--data", str(corpus), "--weights", str(runs["clap"][0] / "checkpoint"),
+               "--steps", "100000", "--out", str(tmp_path / "run")]
+    for setting in overrides("vae", report_steps=1):
+        command += ["--set", setting]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    assert process.wait() == 130
+    assert (tmp_path / "run" / "checkpoint" / "vae").is_dir() and (tmp_path / "run" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["clap", "vae"])
+def test_two_processes_take_the_step_of_one(stage, runs, corpus, tmp_path):
+    start = runs["unet"][0] / "checkpoint"
+    command = [train.__file__, stage, "--data", str(corpus), "--weights", str(start), "--steps", "2"]
+    for setting in overrides(stage):
+        command += ["--set", setting]
+    subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], check=True, capture_output=True)
+    msrun = pathlib.Path(sys.executable).with_name("msrun")
+    done = subprocess.run([str(msrun), "--worker_num", "2", "--local_worker_num", "2", "--join", "True", "--log_dir",
+                           str(tmp_path / "logs"), "--master_port", "8199", *command, "--out", str(tmp_path / "two")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    one, two = (safetensors.numpy.load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    for name in one:
+        assert np.abs(one[name] - two[name]).max() <= 1e-5 * np.abs(one[name]).max(), name
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+def line_of(**change):
+    record = {"audio": "0.wav", "captions": ["a"], "tempo": 120, "downbeats": [0.0, 0.5], **change}
+    return json.dumps({name: value for name, value in record.items() if value != "left out"})
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2: not JSON"), ("[]", "line 2: valid is an object"), (line_of(audio="left out"), "key audio"),
+    (line_of(audio="none.wav"), "line 2: cannot read none.wav"), (line_of(audio="text.wav"), "cannot read text.wav"),
+    (line_of(audio="empty.wav"), "empty.wav is empty"), (line_of(audio="silent.wav"), "silent.wav is silent"),
+    (line_of(captions="a"), "captions is 'a'"), (line_of(captions=[1]), r"captions is \[1\]"),
+    (line_of(captions=[" "]), "captions is"), (line_of(tempo="fast"), "tempo is 'fast'"), (line_of(tempo=0), "tempo is 0"),
+    (line_of(tempo=1000), "valid: 20 to 400"), (line_of(downbeats=[-1.0]), "downbeats must rise"),
+    (line_of(downbeats=[0.5, 0.2]), "downbeats must rise"), (line_of(downbeats=[99.0]), "1.28 s"),
+    (line_of(downbeats=["0"]), "downbeats is"),
+])
+def test_a_manifest_is_refused_by_its_line(line, message, corpus, tmp_path, capsys):
+    folder = shutil.copytree(corpus, tmp_path / "bad")
+    soundfile.write(folder / "empty.wav", np.zeros(0), 16000)
+    soundfile.write(folder / "silent.wav", np.zeros(1600), 16000)
+    (folder / "text.wav").write_text("not audio")
+    (folder / "manifest.jsonl").write_text(f"{line_of()}\n{line}\n")
+    assert train.main(["vae", "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ten_bad_lines_are_told_at_once(corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "bad")
+    (folder / "manifest.jsonl").write_text("{\n" * 12)
+    with pytest.raises(InputError, match=r"line 1: .*line 10: .*; and 2 more$") as caught:
+        data.read_manifest(folder)
+    assert "line 11" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "cannot read nowhere/manifest.jsonl"), (["--set", "batch=0"], "batch is 0"),
+    (["--set", "bach=1"], "did you mean 'batch'"), (["--set", "crop=long"], "crop is 'long'"),
+    (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"), (["--weights", "nowhere"], "no folder 'nowhere'"),
+    (["--out", "{corpus}"], "holds no run"), (["--out", "none/run"], "cannot be made"), (["--set", "batch"], "key=value"),
+])
+def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [text.format(corpus=corpus) for text in arguments]
+    assert train.main(["vae", "--data", str(corpus), "--out", "run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_another_run_is_not_gone_on_with(runs, corpus, tmp_path, tiny_config):
+    folder = runs["vae"][0]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    start = str(runs["clap"][0] / "checkpoint")
+    for change, message in ((dict(seed=5), "its seed is 4"), (dict(overrides=overrides("vae", batch=2)), "its settings"),
+                            (dict(weights=str(GOLDEN / "checkpoint")), "its weights"), (dict(stage="unet"), "its stage")):
+        arguments = dict(stage="vae", data_folder=corpus, out=folder, weights=start, config=tiny_config,
+                         overrides=overrides("vae"), steps=1, seed=4)
+        with pytest.raises(InputError, match=message):
+            train.train(**{**arguments, **change})
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path):
+    with pytest.raises(InputError, match="the loss of vae is .* at step .*: lower learning_rate"):
+        train.train("vae", corpus, tmp_path / "run", str(runs["clap"][0] / "checkpoint"), steps=50, say=lambda text: None,
+                    overrides=overrides("vae", learning_rate=1.0, warmup=0, clip=1e30, weight_decay=1.0, save_minutes=0.0))
+    state = safetensors.numpy.load_file(tmp_path / "run" / "state.safetensors")
+    assert all(np.isfinite(x).all() for x in state.values()) and not (tmp_path / "run" / "checkpoint").exists()
