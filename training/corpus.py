@@ -267,7 +267,7 @@ def ambient(rng, key):
 def arpeggios(rng, key):
     chords = harmony(rng, key, POP)
     cells = ("0123", "0121", "3210", "0213", "0231", "3212")
-    figure, bass = (pick(rng, cells) + pick(rng, cells)) * 2, pick(rng, ("0---0---0---0---", "0-0-0-0-0-0-0-0-"))
+    figure, bass = (pick(rng, cells) + pick(rng, cells)) * 2, pick(rng, ("0---0---0---0---", "0-..0-..0-..0-.."))
     shapes = voiced(chords, 60, 84, 4)
     return [("arpeggiator", 80, 120, comp(figure, shapes, legato=0.7)),
             ("synth bass", 38, 92, comp(bass, basses(chords, 36), 88)),
@@ -279,7 +279,7 @@ def drumkit(rng, key):
     snare = "".join("*" if i in (4, 12) else "o" if i in ghosts else "." for i in range(16))
     kick = pick(rng, ("*.......*.......", "*.....*.*.......", "*..*....*.*.....", "*.......*.*...*.",
                       "*.*.....*..*...."))
-    top = pick(rng, ({"hat": "*.*.*.*.*.*.*.*."}, {"hat": "*o*o*o*o*o*o*o*o"}, {"ride": "*.*.*.*.*.*.*.*."},
+    top = pick(rng, ({"hat": "*.*.*.*.*.*.*.*."}, {"hat": "*o*o*o*o*o*o*o*o"}, {"hat": "*..*..*.*..*..*."},
                      {"low": "*..*..*.*..*..*."}))
     extra = pick(rng, ({}, {"cowbell": "*...*...*...*..."}, {"shaker": "o" * 16}, {"open": "..............*."}))
     return [("drums", 0, 120, drums(rng, {"kick": kick, "snare": snare, **top, **extra}, 112))]
