@@ -22,7 +22,7 @@ import pathlib
 
 import mindspore
 import numpy as np
-from mindspore import Tensor, float32, int32, ops
+from mindspore import Tensor, bfloat16, float32, int32, ops
 from mindspore.ops import constexpr
 
 BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or taps than this are computed by blocks
@@ -291,9 +291,16 @@ def fast_convolution(x, weight, geometry):
 
 
 def native_convolution(x, weight, geometry):
-    """The same by the device's own convolution: weight (O, I, KH, KW)."""
-    n, (h, w), out_size, kernel, stride, dilation, padding, scale, loop = geometry
-    i = weight.shape[1]
+    """The same by the device's own convolution: weight (O, I, KH, KW).
+
+    A sequence lies along the width, as in MindSpore's Conv1d. CANN takes a height of up to 100,000, and a width of up
+    to 2 ** 32 - 1 (its TBE source, FMAP_H_MAX and FMAP_W_MAX); the vocoder has 163,872 samples at once.
+    """
+    n, *pairs, scale, loop = geometry
+    if pairs[2][1] == 1:
+        pairs, weight = [pair[::-1] for pair in pairs], weight.reshape(*weight.shape[:2], 1, -1)
+    (h, w), out_size, kernel, stride, dilation, padding = pairs
+    o, i = weight.shape[:2]
     x = x.reshape(n, h, w, i)
     if scale > 1:
         x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
@@ -305,9 +312,14 @@ def native_convolution(x, weight, geometry):
     # the far sides get what out_size needs, which is not what the near sides get in a transposed convolution
     bottom = max(0, (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h)
     right = max(0, (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w)
-    convolve = ops.Conv2D(weight.shape[0], kernel, pad_mode="pad", pad=(padding[0], bottom, padding[1], right),
-                          stride=stride, dilation=dilation)
-    return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, weight.shape[0])
+    convolve = ops.Conv2D(o, kernel, pad_mode="pad", pad=(padding[0], bottom, padding[1], right), stride=stride,
+                          dilation=dilation)
+    return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, o)
+
+
+@constexpr
+def on_cpu():
+    return mindspore.get_context("device_target") == "CPU"
 
 
 def products_are_exact():
@@ -333,7 +345,7 @@ def gathered_from_checkpoint(x, weight, geometry):
 @constexpr
 def way_to_convolve(shape, dtype, geometry):
     """What of the above `convolution` is for a weight of this shape and dtype."""
-    if mindspore.get_context("device_target") != "CPU":
+    if not on_cpu():
         return native_convolution
     if len(shape) < 4:
         return fast_convolution if len(shape) == 3 else gathered_convolution
@@ -437,10 +449,21 @@ def conv_transpose1d(x, shape, p, kernel, stride):
     return y.reshape(whole)[:, :out_shape[1]].reshape(as_rows(whole))
 
 
+# Matrix products average and repeat fast on a CPU with channels last. Elsewhere products are kept for what is one:
+# MindSpore has an Ascend 910A or 310P multiply in float16 (op_api_util.cc, GetCubeMathType), where y * y overflows.
+
 @constexpr
-def at_positions(shape, dtype):
+def repeats(shape, dtype):
     """What repeats a row at all positions of each image (N, H, W), (P, N)."""
     return Tensor(np.kron(np.eye(shape[0]), np.ones((math.prod(shape[1:]), 1))), dtype)
+
+
+def at_positions(x, shape):
+    """x (N, C) at all positions of each image (N, H, W), (P, C)."""
+    if on_cpu():
+        return ops.MatMul()(repeats(shape, x.dtype), x)
+    n, c = x.shape
+    return ops.broadcast_to(x.reshape(n, 1, c), (n, math.prod(shape[1:]), c)).reshape(-1, c)
 
 
 @constexpr
@@ -451,18 +474,28 @@ def averages(shape, channels, groups):
             Tensor(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)))
 
 
-def group_norm(x, shape, p, groups, eps):
-    """x (N * H * W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
+def group_means(x, shape, groups):
+    """x (N * H * W, C) -> for each channel the mean over H, W and the C / groups channels of its group, (N, C)."""
+    n, c = shape[0], x.shape[1]
+    if on_cpu():
+        average, group = averages(shape, c, groups)
+        return ops.MatMul()(ops.MatMul()(average, x), group)
+    means = ops.ReduceMean(True)(ops.ReduceMean()(x.reshape(n, -1, c), 1).reshape(n, groups, c // groups), 2)
+    return ops.broadcast_to(means, (n, groups, c // groups)).reshape(n, c)
 
-    Averages and repetitions are matrix products: the fast way on a CPU with channels last.
-    """
-    average, group = averages(shape, p["weight"].shape[0], groups)
-    repeat = at_positions(shape, float32)
+
+def group_norm(x, shape, p, groups, eps):
+    """x (N * H * W, C), normalised over H, W and the C / groups channels of each group; statistics in float32."""
     y = ops.Cast()(x, float32)
-    y = y - ops.MatMul()(repeat, ops.MatMul()(ops.MatMul()(average, y), group))
-    variance = ops.MatMul()(ops.MatMul()(average, y * y), group)
-    y = y * ops.MatMul()(repeat, p["weight"] * ops.rsqrt(variance + eps))
+    y = y - at_positions(group_means(y, shape, groups), shape)
+    y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
     return ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"])
+
+
+def halves(x):
+    """x (P, 2 C) -> (P, C) twice. CANN names bfloat16 for slices, but not for Split (ops-math, conversion/split)."""
+    c = x.shape[1] // 2
+    return (x[:, :c], x[:, c:]) if x.dtype == bfloat16 else ops.Split(-1, 2)(x)
 
 
 def layer_norm(x, p, eps):
@@ -473,8 +506,12 @@ def layer_norm(x, p, eps):
 
 
 def gelu(x):
-    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation."""
-    return x * (ops.erf(x * 0.5 ** 0.5) * 0.5 + 0.5)
+    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation.
+
+    Erf takes no bfloat16 on an Atlas A2 (CANN's aclnnErf), so that goes through float32.
+    """
+    y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
+    return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
 
 
 def tanh(x):
@@ -543,8 +580,8 @@ def transformer_block(x, shape, p, heads):
     """
     x = x + attention(layer_norm(x, p["norm1"], 1e-5), shape, p["attn1"], heads)
     x = x + attention(layer_norm(x, p["norm2"], 1e-5), shape, p["attn2"], heads)
-    halves = ops.Split(-1, 2)(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
-    return x + linear(halves[0] * gelu(halves[1]), p["ff"]["net.2"])
+    y, gate = halves(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
+    return x + linear(y * gelu(gate), p["ff"]["net.2"])
 
 
 def spatial_transformer(x, shape, p, heads, groups):
@@ -565,7 +602,7 @@ def resnet(x, shape, embedding, p, groups, eps, loop):
     """
     y = conv2d(ops.silu(group_norm(x, shape, p["norm1"], groups, eps)), shape, p["conv1"], loop)
     if "time_emb_proj" in p:
-        y = y + ops.MatMul()(at_positions(shape, y.dtype), linear(embedding, p["time_emb_proj"]))
+        y = y + at_positions(linear(embedding, p["time_emb_proj"]), shape)
     y = conv2d(ops.silu(group_norm(y, shape, p["norm2"], groups, eps)), shape, p["conv2"], loop)
     return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
 

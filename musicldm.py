@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 import layers
 import weights as checkpoints
 from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_transpose1d, doubled, downsample,
-                    encoder_downsample, group_norm, hifigan_block, image_attention, layer_norm, linear, nth,
+                    encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
@@ -363,7 +363,8 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
     """
     if embeds.shape[0] == x.shape[0]:
         return unet(x, timestep, embeds, p, cfg, loop)
-    away, toward = ops.chunk(unet(ops.cat((x, x), 0), timestep, embeds, p, cfg, loop), 2, 0)
+    noise = unet(ops.cat((x, x), 0), timestep, embeds, p, cfg, loop)
+    away, toward = noise[:x.shape[0]], noise[x.shape[0]:]
     return away + guidance_scale * (toward - away)
 
 
@@ -387,7 +388,7 @@ def vae_encode(x, p, cfg):
     x = image_attention(x, shape, block["attentions.0"], groups)
     x = resnet(x, shape, None, block["resnets.1"], groups, eps, False)
     x = conv2d(ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps)), shape, p["conv_out"], False)
-    mean, log_variance = ops.Split(-1, 2)(conv1x1(x, quant_conv))
+    mean, log_variance = halves(conv1x1(x, quant_conv))
     latents = (*shape, -1)
     return mean.reshape(latents), ops.clamp(log_variance, -30.0, 20.0).reshape(latents)
 
