@@ -43,7 +43,7 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
 from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
-CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16"),
+CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
            "sampling.output_type": ("np", "mel", "latent")}
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
@@ -865,10 +865,12 @@ def clip_size(cfg, seconds, loop=False):
 def check_memory(cfg, shape, guided):
     """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
 
-    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU. Nothing is refused on other
-    devices, nor where the system does not say what is free (Linux does).
+    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU, and covers what lives at once
+    elsewhere (tests/test_ascend.py). Nothing is refused on a GPU, nor where the system does not say what is free (Linux
+    does).
     """
-    if checkpoints.use_device(cfg) != "CPU":
+    card = checkpoints.card(cfg)
+    if card is None and checkpoints.use_device(cfg) != "CPU":
         return
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
@@ -882,10 +884,11 @@ def check_memory(cfg, shape, guided):
         return int(found[1]) if found else otherwise
 
     # what this process holds counts as free: it is the weights, and MindSpore's pool, which the next call takes again
-    free = min(1024 * (stated("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", math.inf)
-                       + stated("/proc/self/status", r"RssAnon:\s+(\d+) kB", 0)),
-               stated("/sys/fs/cgroup/memory.max", r"^(\d+)", math.inf),  # a container's limit, or its older kind
-               stated("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)", math.inf))
+    free = card.free_memory + mindspore.runtime.memory_reserved() if card else min(
+        1024 * (stated("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", math.inf)
+                + stated("/proc/self/status", r"RssAnon:\s+(\d+) kB", 0)),
+        stated("/sys/fs/cgroup/memory.max", r"^(\d+)", math.inf),  # a container's limit, or its older kind
+        stated("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)", math.inf))
     if 4 * count > free:
         raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * count / 1e9:.1f} GB of memory, "
                          f"and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
@@ -1028,8 +1031,9 @@ def rank(cfg, params, embeds, audio):
 def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
 
-    What was prepared before stays as it is. `generate` does it in each call: for many calls, pass it
-    {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes none of these.
+    What was prepared before stays as it is, and on another device than a CPU all does: Conv2D takes it. `generate` does
+    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes
+    none of these.
     as_tensor: makes a Tensor of each new array
     """
     if checkpoints.use_device(cfg) != "CPU":
@@ -1056,7 +1060,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
     noise, sampling, callback: as in `generate`, noise as an iterator
     Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
-    the device runs ahead until the callback or the end needs them.
+    the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
@@ -1296,12 +1300,14 @@ def kept_graphs(plan):
 
     MindSpore (MS_COMPILER_CACHE_ENABLE) finds a graph by its number in the order of compilation alone, and looks for
     the folder once a process. So a folder serves one plan, all that order and graphs follow from, and one version of
-    the code; it appears under its name when a run is through.
+    the code; it appears under its name when a run is through. On a CPU alone: nobody has tried it elsewhere.
     """
     sources = [pathlib.Path(module.__file__).read_bytes() for module in (sys.modules[__name__], layers, checkpoints)]
     key = hashlib.sha256(repr((mindspore.__version__, sources, plan)).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "musicldm"
     try:
+        if plan[0]["device"] != "CPU":
+            raise OSError
         cache.mkdir(parents=True, exist_ok=True)
         part = tempfile.mkdtemp(".part", f"{key}.", cache)
     except OSError:  # as well without
@@ -1435,9 +1441,9 @@ def run(argv, keep_graphs):
     say = (lambda text: None) if args.quiet else print_line
     plan = planned(args)
     cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]
-    say(f"weights {cfg['weights']}, device {cfg['device']}, {cfg['dtype']}; {seconds:g} s, {sampling['scheduler']}, "
-        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, eta {sampling['eta']:g}, "
-        f"seed {sampling['seed']}")
+    say(f"weights {cfg['weights']}, device {checkpoints.device_in_words(cfg)}, {cfg['dtype']}; {seconds:g} s, "
+        f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, "
+        f"eta {sampling['eta']:g}, seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     written = 0

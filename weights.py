@@ -5,6 +5,7 @@ only nested dicts under the checkpoint's own names, and tensors in its shapes: t
 name in the file. A number stays with the word before it (`params["unet"]["down_blocks.0"]`, `"net.0.proj"`), because
 a MindSpore graph takes dicts at most six deep.
 """
+import contextlib
 import functools
 import json
 import math
@@ -611,8 +612,30 @@ def random_arrays(shapes, rng):
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
+@functools.cache  # MindSpore takes each of these once a process
+def set_up_ascend(hf32):
+    """What MindSpore must know before an Ascend's first operator: it asks once (op_api_util.cc, IsAllowConvHF32).
+
+    CANN convolves float32 as HF32, with 11 bits of mantissa, unless it is told not to. And for the operators without an
+    ACLNN kernel (Conv2D, BiasAdd, LayerNorm, Gather) MindSpore compiles one for every shape anew, unless it is told to
+    look among the compiled ones first: 600 or 40 s for a first image (Comfy-Org/ComfyUI, pull request 10050).
+    """
+    ascend = mindspore.device_context.ascend
+    try:
+        ascend.op_precision.conv_allow_hf32(hf32)
+        ascend.op_precision.matmul_allow_hf32(hf32)
+    except RuntimeError:
+        raise InputError(f"dtype: this process has computed {'without' if hf32 else 'with'} hf32 before; valid: one of "
+                         "the two a process") from None
+    with contextlib.suppress(RuntimeError):  # the caller has set it before
+        ascend.op_tuning.op_compile(False)
+
+
 def use_device(cfg):
-    """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU"."""
+    """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU".
+
+    Raises InputError if MindSpore has no such device here, or has computed on another one before.
+    """
     current = mindspore.get_context("device_target")
     device = current if cfg["device"] == "auto" else cfg["device"]
     number = os.environ.get("DEVICE_ID")  # msrun gives each process its own
@@ -621,7 +644,25 @@ def use_device(cfg):
             mindspore.set_device(device, *([int(number)] if number else []))
         except (RuntimeError, ValueError, TypeError):  # also once MindSpore has computed on another device
             raise InputError(f"device: this MindSpore has no {device}; valid: auto, {current}") from None
+        if mindspore.get_context("device_target") != device:
+            raise InputError(f"device is {device}, but MindSpore computes on {current}; valid: auto, {current}")
+    if device == "Ascend":
+        set_up_ascend(cfg["dtype"] == "hf32")
     return device
+
+
+def card(cfg):
+    """The Ascend that cfg means: its `name`, and `total_memory` and `free_memory` in bytes. None for another device."""
+    if use_device(cfg) != "Ascend":
+        return None
+    Tensor(0, mindspore.int32).to("Ascend")  # MindSpore knows no memory of a device that nothing has used
+    return mindspore.hal.get_device_properties(0, "Ascend")
+
+
+def device_in_words(cfg):
+    """The device that computes, such as "CPU" or "Ascend 910B4 with 32 GB"."""
+    used = card(cfg)
+    return f"{used.name} with {used.total_memory / 1e9:.0f} GB" if used else use_device(cfg)
 
 
 def tensor_dtype(cfg):
@@ -633,13 +674,18 @@ def tensor_dtype(cfg):
     if cfg["dtype"] == "bfloat16" and use_device(cfg) == "CPU":
         os.environ.setdefault("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
         return mindspore.float32
-    return getattr(mindspore, cfg["dtype"])
+    return mindspore.float32 if cfg["dtype"] == "hf32" else getattr(mindspore, cfg["dtype"])
 
 
 def parameter(array, cfg):
-    """An array as a Tensor of the dtype that cfg computes in."""
+    """An array as a Tensor of the dtype that cfg computes in, on an Ascend in its memory.
+
+    A compiled function would copy it there at every call (graph_scheduler, PrepareDataForHostTensorQueue).
+    """
     tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
     dtype = tensor_dtype(cfg)
+    if use_device(cfg) == "Ascend":
+        return tensor.to("Ascend", dtype=dtype)
     if dtype != tensor.dtype:
         return tensor.astype(dtype)
     tensor.mapping = getattr(array, "_mmap", None)  # of an np.memmap

@@ -1,9 +1,12 @@
 import json
 import pathlib
+import types
 
+import mindspore
 import numpy as np
 import pytest
 
+import layers
 import musicldm
 import weights
 
@@ -53,3 +56,29 @@ def relative_error(result, expected):
 @pytest.fixture(scope="session")
 def params():
     return weights.load_params(golden_config())
+
+
+@pytest.fixture
+def ascend(monkeypatch):
+    """What an Ascend gets, on the CPU: the device says it is one. A list of (what was asked of it, with what)."""
+    asked, named, to = [], mindspore.get_context, mindspore.Tensor.to
+
+    def moved(tensor, place, *others, dtype=None):
+        if not isinstance(place, str):
+            return to(tensor, place, *others)
+        asked.append(("to", place))
+        return tensor if dtype is None else to(tensor, dtype)
+
+    card = types.SimpleNamespace(name="Ascend910B4", total_memory=32 * 10 ** 9, free_memory=30 * 10 ** 9)
+    monkeypatch.setattr(mindspore, "get_context", lambda name: "Ascend" if name == "device_target" else named(name))
+    monkeypatch.setattr(mindspore.Tensor, "to", moved)
+    monkeypatch.setattr(mindspore.hal, "get_device_properties", lambda number, device: card)
+    for module, name in (("op_precision", "conv_allow_hf32"), ("op_precision", "matmul_allow_hf32"),
+                         ("op_tuning", "op_compile")):
+        monkeypatch.setattr(getattr(mindspore.device_context.ascend, module), name,
+                            lambda value, name=name: asked.append((name, value)))
+    monkeypatch.setattr(layers, "fast_convolution", None)
+    monkeypatch.setattr(layers, "gathered_convolution", None)
+    weights.set_up_ascend.cache_clear()
+    yield asked
+    weights.set_up_ascend.cache_clear()

@@ -304,7 +304,7 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--seconds", "0"], "audio_length_in_s is 0; valid: 0.04 to 600"),
     (["--prompt", "a", "--device", "TPU"], "device is 'TPU'; valid: auto, Ascend, CPU, GPU"),
     (["--prompt", "a", "--device", "Ascend"], "device: this MindSpore has no Ascend; valid: auto, CPU"),
-    (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'; valid: float32, float16, bfloat16"),
+    (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'; valid: float32, float16, bfloat16, hf32"),
     (["--prompt", "a", "--set", "sampling.sede=3"],
      "unknown config key 'sampling.sede': did you mean 'sampling.seed'?"),
     (["--prompt", "a", "--set", "seed"], "override 'seed'; valid: key=value"),

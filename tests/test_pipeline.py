@@ -42,15 +42,12 @@ def test_equal_to_the_reference(name, params):
 
 
 @pytest.mark.parametrize("dtype, latents_within, audio_within", [("float32", 2e-5, 2e-4), ("float16", 1e-2, None)])
-def test_the_way_of_other_devices(dtype, latents_within, audio_within, monkeypatch):
+def test_the_way_of_other_devices(dtype, latents_within, audio_within, ascend):
     """Native convolutions, weights as they are, latents left on the device: what Ascend gets, run here on the CPU."""
-    cfg, expected, named = case_config("guided"), reference("guided"), mindspore.get_context
+    cfg, expected = case_config("guided"), reference("guided")
     cfg["dtype"] = dtype
     for model in ("unet", "vae", "vocoder"):
         cfg[model]["compiled_for"] = "this test"  # MindSpore takes a graph again that it has for the same arguments
-    monkeypatch.setattr(mindspore, "get_context", lambda name: "Ascend" if name == "device_target" else named(name))
-    monkeypatch.setattr(layers, "fast_convolution", None)
-    monkeypatch.setattr(layers, "gathered_convolution", None)
     params, run = weights.load_params(cfg), {**case_options("guided"), "prompt": CASES["guided"]["prompt"]}
     latents = musicldm.generate(cfg, params=params, **run, output_type="latent")
     assert relative_error(latents, expected["step_latents"][-1]) < latents_within
@@ -318,6 +315,7 @@ def test_a_step_that_goes_wrong_is_named(device, broken, named, called, params, 
     calls, steps, guided_noise = itertools.count(1), [], musicldm.guided_noise
     params = {**params, "unet": musicldm.prepared(golden_config(), params["unet"])}
     monkeypatch.setattr(weights, "use_device", lambda cfg: device)
+    monkeypatch.setattr(weights, "card", lambda cfg: None)
     monkeypatch.setattr(musicldm, "guided_noise", lambda *given: guided_noise(*given) * (
         float("nan") if next(calls) == broken else 1.0))
     with pytest.raises(InputError, match=f"NaN or Inf in the latents after step {named} of 5"):

@@ -329,9 +329,10 @@ def test_half_precision(params, dtype, tolerance):
     ("Ascend", "CPU", "1", [("Ascend", 1)]), ("CPU", "Ascend", None, [("CPU",)])])
 def test_each_process_of_msrun_takes_its_own_device(monkeypatch, device, current, number, expected):
     chosen = []
-    monkeypatch.setattr(weights.mindspore, "get_context", lambda name: current)
+    monkeypatch.setattr(weights, "set_up_ascend", lambda hf32: None)
+    monkeypatch.setattr(weights.mindspore, "get_context", lambda name: chosen[-1][0] if chosen else current)
     monkeypatch.setattr(weights.mindspore, "set_device", lambda *given: chosen.append(given))
     monkeypatch.delenv("DEVICE_ID", raising=False)
     if number:
         monkeypatch.setenv("DEVICE_ID", number)
-    assert weights.use_device({"device": device}) == (current if device == "auto" else device) and chosen == expected
+    assert weights.use_device({"device": device, "dtype": "float32"}) == (current if device == "auto" else device) and chosen == expected
