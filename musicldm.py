@@ -1032,8 +1032,8 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
 
     What was prepared before stays as it is, and on another device than a CPU all does: Conv2D takes it. `generate` does
-    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes
-    none of these.
+    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params
+    takes none of these.
     as_tensor: makes a Tensor of each new array
     """
     if checkpoints.use_device(cfg) != "CPU":

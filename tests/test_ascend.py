@@ -231,7 +231,8 @@ COMPUTE = {  # a recorded operator by MindSpore, of its inputs and numbers
     "Split": lambda x, axis, parts: ops.Split(axis, parts)(x)[0], "BroadcastTo": ops.broadcast_to,
     "ReduceMean": lambda x, axis, keep: ops.ReduceMean(keep)(x, axis), "Softmax": lambda x, axis: ops.Softmax(axis)(x),
     "LayerNorm": lambda x, weight, bias, *numbers: ops.LayerNorm(*numbers)(x, weight, bias)[0],
-    "LeakyReLU": ops.leaky_relu, "Clamp": ops.clamp, "Conv2D": lambda x, weight, channels, kernel, pad, stride, dilation: ops.Conv2D(
+    "LeakyReLU": ops.leaky_relu, "Clamp": ops.clamp,
+    "Conv2D": lambda x, weight, channels, kernel, pad, stride, dilation: ops.Conv2D(
         channels, kernel, pad_mode="pad", pad=pad, stride=stride, dilation=dilation)(x, weight)}
 
 
@@ -246,8 +247,7 @@ def recording():
         yield recorder
 
 
-def recorded(cfg, seconds, n, loop=False, models=("clap_text", "clap_audio", "unet", "schedulers", "vae_encode", "vae_decode",
-                                                  "vocoder")):
+def recorded(cfg, seconds, n, loop=False):
     """{model: Recorder} of n waveforms at once: a prompt of the longest length, and guidance."""
     dtype, found = weights.tensor_dtype({**cfg, "device": "CPU"} if cfg["dtype"] != "bfloat16" else cfg), {}
     text, audio, vae = map(musicldm.frozen, (*(cfg["text_encoder"][f"{kind}_config"] for kind in ("text", "audio")),
@@ -256,7 +256,7 @@ def recorded(cfg, seconds, n, loop=False, models=("clap_text", "clap_audio", "un
     (channels, h, w), side = musicldm.clip_size(cfg, seconds, loop)[1], audio["spec_size"]
     frames, length = 4 * h, musicldm.padded_length(cfg, 10 ** 6)
     frames = min(frames + loop * 2 * musicldm.hifigan_reach(cfg["vocoder"]), 1024)
-    for model in models:
+    for model in ("clap_text", "clap_audio", "unet", "schedulers", "vae_encode", "vae_decode", "vocoder"):
         with recording() as recorder:
             shape = functools.partial(Shape, recorder)
             p = {name: weights.nest({key: shape(size, dtype) for key, size in sizes.items()})
