@@ -40,7 +40,7 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
                     encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
-from weights import SPECIAL_TOKENS, InputError, byte_characters, load_vocabulary
+from weights import InputError, byte_characters, load_vocabulary
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
@@ -213,40 +213,43 @@ def byte_pairs(word, ranks):
     return parts
 
 
-def text_to_tokens(text, ranks):
-    """RoBERTa's tokens of one text. Special tokens written in it count as such; <mask> takes the spaces before it."""
+def text_to_tokens(text, ranks, added):
+    """RoBERTa's tokens of one text. Special and added tokens in it count as such, the longest first, and may take the
+    spaces on their left or right: see `load_vocabulary`."""
     characters, tokens = byte_characters(), []
-    pieces = re.split(f"({'|'.join(SPECIAL_TOKENS)})", text)
-    for piece, following in zip(pieces, pieces[1:] + [""]):
-        if piece in SPECIAL_TOKENS:
+    pieces = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
+    for i, piece in enumerate(pieces):  # text and token by turns
+        if i % 2:
             tokens.append(piece)
             continue
-        for word in words(piece.rstrip() if following == "<mask>" else piece):
+        if i > 0 and added[pieces[i - 1]][1]:
+            piece = piece.lstrip()
+        if i + 1 < len(pieces) and added[pieces[i + 1]][0]:
+            piece = piece.rstrip()
+        for word in words(piece):
             tokens += byte_pairs("".join(characters[byte] for byte in word.encode("utf-8")), ranks)
     return tokens
 
 
-def tokens_to_text(tokens):
+def tokens_to_text(tokens, added):
     """The inverse of `text_to_tokens`."""
     codes = {character: byte for byte, character in enumerate(byte_characters())}
-    parts = (token.encode() if token in SPECIAL_TOKENS else bytes(codes[character] for character in token)
-             for token in tokens)
+    parts = (token.encode() if token in added else bytes(codes[character] for character in token) for token in tokens)
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
 def tokenize(cfg, prompts):
     """Token ids and mask, np.int32 (n, L) each, padded to the longest of the prompts (a text or a list of texts).
 
-    A prompt longer than the text tower's 512 positions is cut, with a warning that quotes what was cut.
+    A prompt longer than the text tower's 512 positions, or than the tokenizer's own limit, is cut, with a warning that
+    quotes what was cut.
     """
-    vocab, ranks = load_vocabulary(cfg)
-    text = cfg["text_encoder"]["text_config"]
-    longest = text["max_position_embeddings"] - text["pad_token_id"] - 1
+    vocab, ranks, added, longest = load_vocabulary(cfg)
     rows = []
     for prompt in checked_prompts(prompts):
-        tokens = text_to_tokens(prompt, ranks)
+        tokens = text_to_tokens(prompt, ranks, added)
         if len(tokens) > longest - 2:
-            cut = tokens_to_text(tokens[longest - 2:])
+            cut = tokens_to_text(tokens[longest - 2:], added)
             warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {cut!r}", stacklevel=2)
         tokens = ["<s>", *tokens[:longest - 2], "</s>"]
         rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])

@@ -28,7 +28,9 @@ MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "di
           "vocoder": "model"}
 CONFIG_FILES = {**{model: f"{model}/config.json" for model in MODELS}, "schedule": "scheduler/scheduler_config.json",
                 "feature_extractor": "feature_extractor/preprocessor_config.json"}
-TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt")
+TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
+                   "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+                   "tokenizer/added_tokens.json")  # the first two or the third; the others hold settings
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 RANDOM = "random"
@@ -84,6 +86,16 @@ IMPLEMENTED = {
 }
 
 
+# The same of a tokenizer's settings, and of tokenizer.json, where a falsy value is as good as another.
+TOKENIZER = {"add_prefix_space": False, "split_special_tokens": False, "do_lower_case": False, "padding_side": "right",
+             "truncation_side": "right", "bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>",
+             "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+TOKENIZER_JSON = {"normalizer.type": None, "pre_tokenizer.type": "ByteLevel", "pre_tokenizer.add_prefix_space": False,
+                  "pre_tokenizer.use_regex": True, "post_processor.type": "RobertaProcessing", "model.type": "BPE",
+                  "model.dropout": None, "model.continuing_subword_prefix": None, "model.end_of_word_suffix": None,
+                  "model.byte_fallback": False, "model.ignore_merges": False}
+
+
 class InputError(ValueError):
     """Something passed in is unusable; the message is one line that names it and says what would be valid."""
 
@@ -130,7 +142,8 @@ def read_config_files(folder):
     What a file leaves out has the reference's default, and is refused as if it were stated.
     """
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
-    missing = [str(path) for path in [*paths.values(), *(pathlib.Path(folder) / name for name in TOKENIZER_FILES)]
+    vocabulary, merges, tokenizer, *_ = (pathlib.Path(folder) / name for name in TOKENIZER_FILES)
+    missing = [str(path) for path in [*paths.values(), *([] if os.path.isfile(tokenizer) else [vocabulary, merges])]
                if not os.path.isfile(path)]
     if missing:
         raise InputError(f"weights: {folder} is incomplete, missing: {', '.join(missing)}")
@@ -255,14 +268,20 @@ def byte_characters():
 
 
 def load_vocabulary(cfg):
-    """({token: id}, {"a b": rank of joining a and b}) of the checkpoint; for random weights the bytes alone.
+    """({token: id}, {"a b": rank of joining a and b}, added, longest) of the checkpoint; for random weights the bytes.
 
+    added: {token: (strips spaces on its left, on its right)} of tokens that are found before any other
+    longest: the tokens that a prompt may have, by the text tower's positions and the tokenizer's own limit
     Callers must not change the dicts: later calls return the same ones until a file changes.
     """
+    text = cfg["text_encoder"]["text_config"]
+    longest = text["max_position_embeddings"] - text["pad_token_id"] - 1
     if cfg["weights"] == RANDOM:
-        return {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}, {}
-    paths = [pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES]
-    return read_vocabulary(*paths, cfg["text_encoder"]["text_config"]["vocab_size"], tuple(map(identity, paths)))
+        vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}
+        return vocab, {}, {token: (token == "<mask>", False) for token in SPECIAL_TOKENS}, longest
+    paths = tuple(pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES)
+    *read, limit = read_tokenizer(paths, text["vocab_size"], tuple(map(identity, paths)))
+    return *read, int(min(longest, limit or longest))
 
 
 def identity(path):
@@ -274,28 +293,96 @@ def identity(path):
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def refuse_settings(stated, implemented, path):
+    """An InputError for the first setting that is not the implemented one, which is that of what is left out."""
+    for key, value in implemented.items():
+        if (stated.get(key, value) or None) != (value or None):
+            raise InputError(f"weights: {path}: {key} is {stated[key]!r}; implemented: {value!r}")
+
+
+def content(token):
+    """The text of a token, which files give as it is or with its flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def added_tokens(whole, config, special, added):
+    """{token: what the files after merges.txt say of it} of the tokens that are looked for before a text is split.
+
+    As in transformers 4.57.1 (`PreTrainedTokenizerBase._from_pretrained`): the configuration lists them with their
+    flags; else tokenizer.json does; else their numbers are in added_tokens.json.
+    """
+    listed = [{**token, "id": int(number)} for number, token in config.get("added_tokens_decoder", {}).items()]
+    whole, added = whole.get("added_tokens", []), [{"content": token, "id": number} for token, number in added.items()]
+    tokens = {token["content"]: token for token in listed or whole or added}
+    for token in whole + added:
+        known = tokens.get(token["content"], {})
+        if any(token[key] != known.get(key) for key in ("id", "lstrip", "rstrip") if key in token):
+            raise InputError(f"the files say different things of the added token {token['content']!r}")
+    flags = {content(token): token for token in {**config, **special}.values() if isinstance(token, dict)
+             and "content" in token and not listed}
+    return {**tokens, **{token: {"lstrip": token == "<mask>", **flags.get(token, {}), **tokens.get(token, {})}
+                         for token in SPECIAL_TOKENS}}
+
+
 @functools.lru_cache(4)  # reading takes a quarter of the time of encoding a prompt
-def read_vocabulary(vocab_path, merges_path, size, identities):
-    """`load_vocabulary` from these files; ids must be below `size`. `identities` is only part of the cache's key."""
-    vocab = read_json(vocab_path)
-    if not isinstance(vocab, dict) or not ({*map(type, vocab.values())} == {int}
-                                        and 0 <= min(vocab.values()) and max(vocab.values()) < size):
-        raise InputError(f"weights: {vocab_path} must map tokens to integers below the vocab_size, {size}")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise InputError(f"weights: {vocab_path} lacks the tokens {' '.join(missing)}")
+def read_tokenizer(paths, size, identities):
+    """`load_vocabulary` of TOKENIZER_FILES, but for the positions; ids must be below `size`.
+
+    `identities` is only part of the cache's key.
+
+    What transformers' RobertaTokenizer or RobertaTokenizerFast would make of these files otherwise is refused.
+    """
+    vocab_path, merges_path, whole_path, config_path, *_ = paths
+    whole, config, special, added = (read_json(path) if path.is_file() else {} for path in paths[2:])
     try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"weights: cannot read {merges_path}: {one_line(error)}") from None
-    merges = filter(None, lines[lines[0].startswith("#version"):])
-    return vocab, {merge: rank for rank, merge in enumerate(merges)}
+        model = whole.get("model", {})
+        read = model.get("vocab"), [merge if isinstance(merge, str) else " ".join(merge)
+                                    for merge in model.get("merges", [])]
+        if vocab_path.is_file() or not whole:
+            lines = merges_path.read_text(encoding="utf-8").split("\n")
+            vocab, merges = read_json(vocab_path), [*filter(None, lines[lines[0].startswith("#version"):])]
+        else:
+            vocab, merges = read
+        tokens = added_tokens(whole, config, special, added)
+        numbers = {token: said["id"] for token, said in tokens.items() if "id" in said}
+        if whole and ({**read[0], **numbers}, read[1]) != ({**vocab, **numbers}, merges):
+            raise InputError("tokenizer.json holds another vocabulary than vocab.json and merges.txt")
+        settings = config if "added_tokens_decoder" in config else {**config, **special}
+        extra = [settings.get(name) or [] for name in ("additional_special_tokens", "extra_special_tokens")]
+        extra = [content(token) for some in extra for token in (some.values() if isinstance(some, dict) else some)]
+        for token in extra + [token for token, said in tokens.items() if said.get("single_word")]:
+            if token not in tokens or tokens[token].get("single_word"):
+                raise InputError(f"the added token {token!r} has no number, or is for single words alone")
+        refuse_settings({key: content(value) for key, value in settings.items() if key in TOKENIZER}, TOKENIZER,
+                        config_path)
+        if whole:
+            refuse_settings({"pre_tokenizer.type": None, "post_processor.type": None, **flatten(
+                {**whole, "model": {**model, "vocab": None, "merges": None}})}, TOKENIZER_JSON, whole_path)
+        vocab, longest = {**vocab, **numbers}, config.get("model_max_length", config.get("max_len"))
+        if longest is not None and longest < 3:
+            raise InputError(f"model_max_length is {longest!r}; valid: 3 or more")
+        if not ({*map(type, vocab.values())} == {int} and 0 <= min(vocab.values()) and max(vocab.values()) < size):
+            raise InputError(f"its tokens' numbers must be integers below the vocab_size, {size}")
+        missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+        if missing:
+            raise InputError(f"it lacks the tokens {' '.join(missing)}")
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith("weights: ") else f"weights: {vocab_path.parent}: {text}") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"weights: cannot read {vocab_path.parent}: {one_line(error)}") from None
+    strips = {token: (said.get("lstrip", False), said.get("rstrip", False)) for token, said in tokens.items()}
+    return vocab, {merge: rank for rank, merge in enumerate(merges)}, strips, longest
 
 
-def vocabulary_files(vocab, ranks):
-    """What TOKENIZER_FILES hold of `load_vocabulary`."""
+def tokenizer_files(cfg, vocabulary):
+    """{name: text} of TOKENIZER_FILES: those of the checkpoint, or what they hold of (vocab, ranks)."""
+    if vocabulary is None and cfg["weights"] != RANDOM:
+        paths = {name: pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES}
+        return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    vocab, ranks = vocabulary or load_vocabulary(cfg)[:2]
     merges = ["#version: 0.2", *sorted(ranks, key=ranks.get), ""]
-    return json.dumps(vocab, ensure_ascii=False), "\n".join(merges)
+    return dict(zip(TOKENIZER_FILES, (json.dumps(vocab, ensure_ascii=False), "\n".join(merges))))
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -782,7 +869,8 @@ def config_files(cfg):
         library, name = CLASSES[model]
         files[CONFIG_FILES[model]] |= {"_class_name": name} if library == "diffusers" else {"architectures": [name]}
     longest = text["text_config"]["max_position_embeddings"] - text["text_config"]["pad_token_id"] - 1
-    return {**files, "model_index.json": {"_class_name": "MusicLDMPipeline", **CLASSES},
+    index = {"_class_name": "MusicLDMPipeline", **CLASSES}
+    return {**files, "model_index.json": index,
             "tokenizer/tokenizer_config.json": {"tokenizer_class": CLASSES["tokenizer"][1],
                                                 "model_max_length": longest}}
 
@@ -822,7 +910,7 @@ def save_params(cfg, params, folder, dtype="float32", vocabulary=None):
     params: a tree such as load_params(cfg) returns, of any float dtype
     folder: a new or an empty one
     dtype: "float32" or "float16"
-    vocabulary: what `load_vocabulary` returns; None is that of cfg["weights"]
+    vocabulary: another one, the first two of what `load_vocabulary` returns; None keeps the files of cfg["weights"]
     Raises InputError for a tree that is not of cfg's architecture or not finite in `dtype`, a folder that holds
     something, and one that cannot be written.
     """
@@ -835,8 +923,10 @@ def save_params(cfg, params, folder, dtype="float32", vocabulary=None):
             raise InputError(f"folder {folder} is not empty; valid: a new or an empty one")
         arrays = checked_arrays(cfg, params, dtype)
         arrays["text_encoder"] |= clap_buffers(cfg["text_encoder"])
-        texts = {name: json.dumps(content, indent=2) for name, content in config_files(cfg).items()}
-        texts |= dict(zip(TOKENIZER_FILES, vocabulary_files(*(vocabulary or load_vocabulary(cfg)))))
+        contents, tokenizer = config_files(cfg), tokenizer_files(cfg, vocabulary)
+        if TOKENIZER_FILES[0] not in tokenizer:  # RobertaTokenizer wants it
+            contents["model_index.json"]["tokenizer"] = ("transformers", "RobertaTokenizerFast")
+        texts = {**{name: json.dumps(content, indent=2) for name, content in contents.items()}, **tokenizer}
         part.mkdir()
         for name in CLASSES:
             (part / name).mkdir()

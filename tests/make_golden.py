@@ -6,6 +6,7 @@
     python tests/make_golden.py schedulers            # instead: golden/schedulers.npz alone, with the stored checkpoint
     python tests/make_golden.py left_out              # instead: golden/left_out.npz and defaults.json alone, likewise
     python tests/make_golden.py training              # instead: golden/training.npz alone, likewise
+    python tests/make_golden.py tokenizers            # instead: golden/tokenizers/ alone, likewise
     python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
 Run on the CPU with one thread; golden/versions.json says what made the stored files. The tests need only those.
@@ -30,8 +31,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, MusicLDMPipeline, UNet2DCond
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.nn import functional
-from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig,
-                          RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig)
+from transformers import (AddedToken, ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig,
+                          RobertaTokenizer, RobertaTokenizerFast, SpeechT5HifiGan, SpeechT5HifiGanConfig)
 from waveforms import SECONDS, SPOKEN, sketch, waveform
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
@@ -170,6 +171,34 @@ def initialise(pipe):
     centred(lambda: clap.audio_projection(clap.audio_model(features).pooler_output), clap.audio_projection)
     for hook in hooks:
         hook.remove()
+
+
+def tokenizers():
+    """golden/tokenizers/: the tokenizer with added tokens as it may be saved, and what the reference makes of texts."""
+    texts = [*(text for text in TEXTS if len(text) < 300), "a synthwave  <drop>  kick[808] it", "synthwavesynthwaves",
+             "x<drop>y <mask>  z", " [808] <DROP>\tsynth wave[808]<drop>", "  synthwave\n<drop>\n", LONG]
+    folder, ids = GOLDEN / "tokenizers", {}
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, kind in dict(slow=RobertaTokenizer, fast=RobertaTokenizerFast).items():
+        tokenizer = kind.from_pretrained(GOLDEN / "checkpoint" / "tokenizer", model_max_length=20)
+        tokenizer.add_tokens(["synthwave", AddedToken("<drop>", lstrip=True, rstrip=True)])
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[808]"]})
+        tokenizer.save_pretrained(folder / name)
+    # as transformers before 4.34 saved it, and as 5 does: what is left of the files says it all
+    for name, source, left in (("old", "slow", ["vocab.json", "merges.txt", "added_tokens.json",
+                                                "special_tokens_map.json"]), ("new", "fast", ["tokenizer.json"])):
+        (folder / name).mkdir()
+        for file in left:
+            shutil.copy(folder / source / file, folder / name)
+        config = json.loads((folder / source / "tokenizer_config.json").read_text())
+        del config["added_tokens_decoder"], config["extra_special_tokens"]
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config, indent=0) + "\n")
+    for name in ("slow", "fast", "old", "new"):
+        kind = RobertaTokenizerFast if name in ("fast", "new") else RobertaTokenizer
+        tokenizer = kind.from_pretrained(folder / name)
+        ids[name] = [[text, tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids]
+                     for text in texts]
+    (folder / "ids.json").write_text(json.dumps(ids, ensure_ascii=True) + "\n")
 
 
 @contextlib.contextmanager
@@ -361,7 +390,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    if sys.argv[1:] in (["schedulers"], ["left_out"], ["training"]):
+    if sys.argv[1:] in (["schedulers"], ["left_out"], ["tokenizers"], ["training"]):
         return globals()[sys.argv[1]]()
     if sys.argv[1:]:
         pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])
@@ -392,6 +421,7 @@ def main():
     schedulers()
     left_out()
     training()
+    tokenizers()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_files_equal_those_of_diffusers_and_transformers(tmp_path):
     saved = contents(tmp_path / "first")
     assert contents(tmp_path / "second") == saved
     expected = contents(CHECKPOINT)
-    assert saved.keys() == expected.keys() - {"tokenizer/special_tokens_map.json"}
+    assert saved.keys() == expected.keys()
     assert [name for name in saved if name.endswith(("safetensors", ".txt")) and saved[name] != expected[name]] == []
     assert json.loads(saved["tokenizer/vocab.json"]) == json.loads(expected["tokenizer/vocab.json"])
 
@@ -51,7 +51,7 @@ def test_config_files_agree_with_those_of_diffusers_and_transformers(tmp_path, p
                         if value != expected.get(key, "absent")}
     assert differences == {"unet/config.json: sample_size": (256, None),  # 10.24 s, config.yaml's length
                            "text_encoder/config.json: text_config.pad_token_id": (1, "absent")}  # 1 is the default
-    assert len(files) == 8
+    assert len(files) == 9
 
 
 @pytest.mark.parametrize("source, sample_size", [(CHECKPOINT, 256), ("random", 51)])
