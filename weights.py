@@ -32,6 +32,7 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/to
                    "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
                    "tokenizer/added_tokens.json")  # the first two or the third; the others hold settings
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in an old VAE
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 RANDOM = "random"
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -61,7 +62,7 @@ DEFAULTS = {
 
 # What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
 IMPLEMENTED = {
-    "text_encoder": {"projection_hidden_act": "relu"},  # of both towers
+    "text_encoder": {"model_type": "clap", "projection_hidden_act": "relu"},  # AudioLDM's is CLAP's text tower alone
     "text_encoder.text_config": {"hidden_act": "gelu", "position_embedding_type": "absolute"},
     "text_encoder.audio_config": {"hidden_act": "gelu", "enable_fusion": False, "enable_patch_layer_norm": True,
                                   "flatten_patch_embeds": True, "qkv_bias": True, "patch_size": 4,
@@ -109,7 +110,8 @@ def find_weights(weights):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
         raise InputError(f"weights: no folder {weights!r}; valid: a folder in diffusers' layout, a hub id "
                          f"such as ucsd-reach/musicldm, or {RANDOM!r}")
-    files = [*CONFIG_FILES.values(), *TOKENIZER_FILES, *(f"{model}/*.safetensors*" for model in MODELS)]
+    files = ["model_index.json", *CONFIG_FILES.values(), *TOKENIZER_FILES,
+             *(f"{model}/*.safetensors*" for model in MODELS)]
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -133,7 +135,31 @@ def read_json(path):
     except FileNotFoundError:
         raise InputError(f"weights: {path} is missing") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
+        raise InputError(unreadable(path, error)) from None
+
+
+def unreadable(path, error):
+    """What to say of a file that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(26) == b"version https://git-lfs.gi":
+                return f"weights: {path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it is from"
+    except OSError:
+        pass
+    return f"weights: cannot read {path}: {one_line(error)}"
+
+
+def check_index(folder):
+    """Refuse a folder whose model_index.json says that it is no MusicLDM, or that other classes compute it."""
+    path = pathlib.Path(folder) / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    kind = index.get("_class_name", "MusicLDMPipeline") if isinstance(index, dict) else index
+    if kind != "MusicLDMPipeline":
+        raise InputError(f"weights: {path} is of {kind!r}; valid: a MusicLDMPipeline, such as ucsd-reach/musicldm")
+    for name, (library, wanted) in CLASSES.items():
+        stated = index.get(name, [library, wanted])
+        if stated != [library, wanted] and stated != [library, "RobertaTokenizerFast"]:
+            raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {[library, wanted]}")
 
 
 def read_config_files(folder):
@@ -141,6 +167,7 @@ def read_config_files(folder):
 
     What a file leaves out has the reference's default, and is refused as if it were stated.
     """
+    check_index(folder)
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
     vocabulary, merges, tokenizer, *_ = (pathlib.Path(folder) / name for name in TOKENIZER_FILES)
     missing = [str(path) for path in [*paths.values(), *([] if os.path.isfile(tokenizer) else [vocabulary, merges])]
@@ -565,9 +592,18 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def shard_paths(folder, model):
-    """The safetensors files of a model: one, or those that its index names."""
-    path = pathlib.Path(folder) / model / f"{MODELS[model]}.safetensors"
-    index = path.with_name(path.name + ".index.json")
+    """The safetensors files of a model: one, or those that its index names; a variant's if there are no others."""
+    folder, name = pathlib.Path(folder) / model, MODELS[model]
+    for variant in ("", ".fp16", ".bf16"):
+        path, index = folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json"
+        if os.path.isfile(path) or os.path.isfile(index):
+            break
+    else:
+        path, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        if pickles:
+            raise InputError(f"weights: {path} is missing, and {pickles[0]} could run code when it is read; valid: "
+                             "what diffusers' MusicLDMPipeline.from_pretrained(FOLDER).save_pretrained(NEW) writes")
     if not os.path.isfile(index):
         return [path]
     content = read_json(index)
@@ -589,7 +625,7 @@ def stored_tensors(folder, model):
         except FileNotFoundError:
             raise InputError(f"weights: {path} is missing") from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"weights: cannot read {path}: {one_line(error)}") from None
+            raise InputError(unreadable(path, error)) from None
         start = 8 + int(raw[:8].view("<u8")[0])  # the format: header length, JSON header, data
         header = json.loads(raw[8:start].tobytes())
         for name in names:
@@ -600,12 +636,14 @@ def stored_tensors(folder, model):
 
 
 def find_sources(shapes, stored, where):
-    """({parameter: the names that hold it in the file}, `mismatch`): one name, or two under weight norm."""
+    """({parameter: the names that hold it in the file}, `mismatch`): one, or an old one, or two under weight norm."""
     sources, wanted = {}, {}
     for name, shape in shapes.items():
         ways = [(name,)]
         if name.endswith(".weight"):
             ways += [tuple(name[:-len("weight")] + part for part in pair) for pair in WEIGHT_NORM]
+        ways += [(name.replace(f".{new}.", f".{old}."),) for new, old in OLD_ATTENTION.items()
+                 if f".attentions.0.{new}." in name]
         sources[name] = next((names for names in ways if stored.keys() >= set(names)), (name,))
         length = shape[:1] + (1,) * (len(shape) - 1)
         wanted |= zip(sources[name], (shape,) if len(sources[name]) == 1 else (length, shape))
@@ -850,7 +888,6 @@ def config_files(cfg):
     projection, levels = {"projection_dim": text["projection_dim"]}, len(vae["block_out_channels"])
     samples = round(cfg["sampling"]["audio_length_in_s"] * vocoder["sampling_rate"])
     follows = {
-        "text_encoder": {"model_type": "clap"},
         "text_encoder.text_config": projection,
         "text_encoder.audio_config": projection,
         "unet": {"cross_attention_dim": cfg["unet"]["block_out_channels"],

@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import shutil
 import sys
 import types
@@ -113,6 +114,43 @@ def test_shards_with_an_index(checkpoint, params):
         load(checkpoint)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_of_a_variant(checkpoint, params, sharded):
+    """As diffusers' save_pretrained(variant="fp16") names them."""
+    for model, name in weights.MODELS.items():
+        path, weight_map = checkpoint / model / f"{name}.safetensors", {}
+        tensors = {key: x.astype(np.float16) if x.dtype == np.float32 else x for key, x in load_file(path).items()}
+        path.unlink()
+        for i in range(2) if sharded else ():
+            part = f"{name}.fp16-0000{i + 1}-of-00002.safetensors"
+            keys = list(tensors)[i::2]
+            save_file({key: tensors[key] for key in keys}, path.with_name(part))
+            weight_map |= dict.fromkeys(keys, part)
+        if sharded:
+            path.with_name(f"{name}.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
+        else:
+            save_file(tensors, path.with_name(f"{name}.fp16.safetensors"))
+    tree = load(checkpoint)
+    for model in weights.MODELS:
+        assert_same(tree[model], params[model], 1e-3)
+    whole = GOLDEN / "checkpoint" / VOCODER
+    shutil.copy(whole, checkpoint / VOCODER)  # what is not rounded is preferred
+    assert_same(load(checkpoint)["vocoder"], params["vocoder"])
+
+
+def test_old_names_of_the_attention_in_a_vae(checkpoint, params):
+    """As older versions of diffusers wrote them, and it reads them today (`_convert_deprecated_attention_blocks`)."""
+    def rename(tensors):
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        named = {re.sub(r"(?<=attentions\.0\.)(to_q|to_k|to_v|to_out\.0)(?=\.)", lambda m: old[m[0]], name): x
+                 for name, x in tensors.items()}
+        assert len(named.keys() - tensors.keys()) == 16
+        return named
+
+    rewrite(checkpoint / "vae/diffusion_pytorch_model.safetensors", rename)
+    assert_same(load(checkpoint)["vae"], params["vae"])
+
+
 def share_in_memory(array):
     """Of the pages that hold an array: 1.0 if they are all in this process's memory."""
     if not os.path.exists("/proc/self/pagemap"):
@@ -180,6 +218,15 @@ def cut(path, keep):
     return lambda checkpoint: (checkpoint / path).write_bytes((checkpoint / path).read_bytes()[:keep])
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 76628\n"
+
+
+def audio_ldm(checkpoint):
+    """AudioLDM's folder: CLAP's text tower alone, and no feature extractor."""
+    changed("model_index.json:_class_name", "AudioLDMPipeline")(checkpoint)
+    shutil.rmtree(checkpoint / "feature_extractor")
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda c: shutil.rmtree(c), "no folder .*valid: a folder in diffusers' layout, a hub id"),
     (lambda c: shutil.rmtree(c / "unet"), "is incomplete, missing: .*unet/config.json"),
@@ -197,6 +244,18 @@ def cut(path, keep):
     (damaged(VOCODER, replaced("conv_pre.bias", np.ones(24, np.int64))), r"not floating-point: conv_pre.bias \(I64\)"),
     (damaged(VOCODER, replaced("conv_pre.bias", np.full(24, np.nan, np.float32))),
      "NaN or Inf in .*vocoder: conv_pre.bias"),
+    (lambda c: (c / VOCODER).rename(c / "vocoder/pytorch_model.bin"),
+     "vocoder/model.safetensors is missing, and pytorch_model.bin could run code .*valid: .*save_pretrained"),
+    (lambda c: (c / VOCODER).write_text(LFS_POINTER), "model.safetensors is a Git LFS pointer.*run 'git lfs pull'"),
+    (lambda c: (c / "tokenizer/vocab.json").write_text(LFS_POINTER), "vocab.json is a Git LFS pointer"),
+    (changed("model_index.json:_class_name", "StableDiffusionPipeline"),
+     "model_index.json is of 'StableDiffusionPipeline'; valid: a MusicLDMPipeline"),
+    (audio_ldm, "model_index.json is of 'AudioLDMPipeline'; valid: a MusicLDMPipeline"),
+    (lambda c: (c / "model_index.json").write_text("[]"), r"model_index.json is of \[\]"),
+    (changed("model_index.json:tokenizer", ["transformers", "T5Tokenizer"]),
+     r"tokenizer is \['transformers', 'T5Tokenizer'\]; implemented: \['transformers', 'RobertaTokenizer'\]"),
+    (changed("text_encoder/config.json:model_type", "clap_text_model"),
+     "model_type is 'clap_text_model'; implemented: 'clap'"),
     (changed("unet/config.json:act_fn", "relu"), "act_fn is 'relu'; implemented: 'silu'"),
     (changed("scheduler/scheduler_config.json:prediction_type", "v_prediction"), "implemented: 'epsilon'"),
     (changed("text_encoder/config.json:text_config.hidden_act", "relu"), "hidden_act is 'relu'"),
@@ -210,6 +269,7 @@ def test_unusable_checkpoints(checkpoint, damage, message):
 
 
 DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())  # of the reference's classes, by section
+DEFAULTS["text_encoder"]["model_type"] = "clap"
 DEFAULTS["schedule"] = {**DEFAULTS["DDIMScheduler"], "_class_name": "DDIMScheduler"}  # model_index.json says it too
 
 
