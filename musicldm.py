@@ -167,6 +167,9 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=()):
         stated, published = checkpoints.read_config_files(folder), read_yaml(DEFAULT_CONFIG)
         cfg = {**cfg, **merged({section: published[section] for section in stated},
                                {section: known_part(stated[section], published[section]) for section in stated})}
+        if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
+            name = checkpoints.SCHEDULERS[stated["schedule"]["_class_name"]]
+            cfg["sampling"] = {**cfg["sampling"], "scheduler": name}
     cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
     checkpoints.check_architecture(cfg)
     load_vocabulary(cfg)  # refused now rather than when the first prompt is read

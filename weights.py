@@ -42,6 +42,9 @@ CLASSES = {"text_encoder": ("transformers", "ClapModel"), "tokenizer": ("transfo
            "feature_extractor": ("transformers", "ClapFeatureExtractor"),
            "unet": ("diffusers", "UNet2DConditionModel"), "scheduler": ("diffusers", "DDIMScheduler"),
            "vae": ("diffusers", "AutoencoderKL"), "vocoder": ("transformers", "SpeechT5HifiGan")}
+SCHEDULERS = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm", "PNDMScheduler": "pndm",
+              "LMSDiscreteScheduler": "lms", "HeunDiscreteScheduler": "heun", "EulerDiscreteScheduler": "euler",
+              "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 # What those classes take a key for that a file leaves out, where that is neither the published value (config.yaml) nor
 # the implemented one: their __init__ in diffusers 0.33.1 and transformers 4.57.1.
@@ -56,9 +59,12 @@ DEFAULTS = {
             "layers_per_block": 1, "scaling_factor": 0.18215},
     "vocoder": {"model_in_dim": 80, "upsample_initial_channel": 512, "upsample_rates": [4, 4, 4, 4],
                 "upsample_kernel_sizes": [8, 8, 8, 8], "normalize_before": True},
-    "schedule": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True,
-                 "set_alpha_to_one": True, "steps_offset": 0},
 }
+DEFAULTS |= {kind: {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "set_alpha_to_one": True,
+                    "steps_offset": 0, "timestep_spacing": "linspace", **own} for kind, own in {
+    **dict.fromkeys(SCHEDULERS, {}), "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
+    "PNDMScheduler": {"skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"},
+    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}.items()}
 
 # What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
 IMPLEMENTED = {
@@ -78,14 +84,22 @@ IMPLEMENTED = {
     "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
             "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "vocoder": {},
-    "schedule": {"_class_name": CLASSES["scheduler"][1], "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-                 "timestep_spacing": "leading", "clip_sample": False, "thresholding": False, "trained_betas": None,
-                 "rescale_betas_zero_snr": False},
     # the code takes the first samples of longer audio: rand_trunc's random ones would give another result each time
     "feature_extractor": {"feature_extractor_type": CLASSES["feature_extractor"][1], "padding": "repeatpad",
                           "truncation": "rand_trunc", "top_db": None},
 }
-
+SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+IMPLEMENTED |= {kind: {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
+                       "clip_sample": False, "thresholding": False, "trained_betas": None,
+                       "rescale_betas_zero_snr": False, **own} for kind, own in {
+    **dict.fromkeys(SCHEDULERS, {}), "PNDMScheduler": {"skip_prk_steps": True}, "LMSDiscreteScheduler": SIGMAS,
+    "HeunDiscreteScheduler": SIGMAS,
+    "EulerDiscreteScheduler": {**SIGMAS, "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
+                               "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "DPMSolverMultistepScheduler": {**SIGMAS, "algorithm_type": "dpmsolver++", "solver_order": 2,
+                                    "solver_type": "midpoint", "final_sigmas_type": "zero", "variance_type": None,
+                                    "lambda_min_clipped": -math.inf, "use_lu_lambdas": False,
+                                    "use_flow_sigmas": False}}.items()}
 
 # The same of a tokenizer's settings, and of tokenizer.json, where a falsy value is as good as another.
 TOKENIZER = {"add_prefix_space": False, "split_special_tokens": False, "do_lower_case": False, "padding_side": "right",
@@ -150,16 +164,22 @@ def unreadable(path, error):
 
 
 def check_index(folder):
-    """Refuse a folder whose model_index.json says that it is no MusicLDM, or that other classes compute it."""
+    """Refuse a folder whose model_index.json says that it is no MusicLDM, or that other classes compute it.
+
+    -> the scheduler's class, or None if there is no such file
+    """
     path = pathlib.Path(folder) / "model_index.json"
     index = read_json(path) if path.is_file() else {}
     kind = index.get("_class_name", "MusicLDMPipeline") if isinstance(index, dict) else index
     if kind != "MusicLDMPipeline":
         raise InputError(f"weights: {path} is of {kind!r}; valid: a MusicLDMPipeline, such as ucsd-reach/musicldm")
     for name, (library, wanted) in CLASSES.items():
+        others = {"tokenizer": ["RobertaTokenizerFast"], "scheduler": SCHEDULERS}.get(name, [])
         stated = index.get(name, [library, wanted])
-        if stated != [library, wanted] and stated != [library, "RobertaTokenizerFast"]:
-            raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {[library, wanted]}")
+        if stated not in [[library, kind] for kind in (wanted, *others)]:
+            raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {library}'s "
+                             f"{', '.join(dict.fromkeys([wanted, *others]))}")
+    return index["scheduler"][1] if "scheduler" in index else None
 
 
 def read_config_files(folder):
@@ -167,14 +187,21 @@ def read_config_files(folder):
 
     What a file leaves out has the reference's default, and is refused as if it were stated.
     """
-    check_index(folder)
+    scheduler = check_index(folder)
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
     vocabulary, merges, tokenizer, *_ = (pathlib.Path(folder) / name for name in TOKENIZER_FILES)
     missing = [str(path) for path in [*paths.values(), *([] if os.path.isfile(tokenizer) else [vocabulary, merges])]
                if not os.path.isfile(path)]
     if missing:
         raise InputError(f"weights: {folder} is incomplete, missing: {', '.join(missing)}")
-    return {section: with_defaults(section, read_json(path), path) for section, path in paths.items()}
+    files = {section: read_json(path) for section, path in paths.items()}
+    path, stated = paths["schedule"], files["schedule"]
+    scheduler = scheduler or (isinstance(stated, dict) and stated.get("_class_name")) or CLASSES["scheduler"][1]
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"weights: {path}: _class_name is {scheduler!r}; implemented: {', '.join(SCHEDULERS)}")
+    files = {section: with_defaults(section if section != "schedule" else scheduler, stated, paths[section])
+             for section, stated in files.items()}
+    return {**files, "schedule": {**files["schedule"], "_class_name": scheduler}}
 
 
 def with_defaults(name, stated, path):
@@ -902,11 +929,13 @@ def config_files(cfg):
         return {**IMPLEMENTED.get(name, {}), **own, **follows.get(name, {})}
 
     files = {path: stated(section, cfg[section]) for section, path in CONFIG_FILES.items()}
+    scheduler = next(kind for kind, name in SCHEDULERS.items() if name == cfg["sampling"]["scheduler"])
+    files[CONFIG_FILES["schedule"]] |= {**IMPLEMENTED[scheduler], "_class_name": scheduler}
     for model in MODELS:
         library, name = CLASSES[model]
         files[CONFIG_FILES[model]] |= {"_class_name": name} if library == "diffusers" else {"architectures": [name]}
     longest = text["text_config"]["max_position_embeddings"] - text["text_config"]["pad_token_id"] - 1
-    index = {"_class_name": "MusicLDMPipeline", **CLASSES}
+    index = {"_class_name": "MusicLDMPipeline", **CLASSES, "scheduler": ("diffusers", scheduler)}
     return {**files, "model_index.json": index,
             "tokenizer/tokenizer_config.json": {"tokenizer_class": CLASSES["tokenizer"][1],
                                                 "model_max_length": longest}}

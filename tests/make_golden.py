@@ -255,12 +255,15 @@ def analytic_noise(x, t):
 
 
 def schedulers():
-    """golden/schedulers.npz: every scheduler alone under an analytic prediction, and the mel of four guided steps."""
+    """golden/schedulers.npz: every scheduler alone under an analytic prediction, and the mel of four guided steps.
+
+    golden/schedulers.json: what each one's file says when it is saved in the place of the checkpoint's.
+    """
     pipe = MusicLDMPipeline.from_pretrained(GOLDEN / "checkpoint")
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
     x, noise = np.random.default_rng(1).standard_normal((2, 25, 12)).astype(np.float32)
-    x, arrays = x[0], {"in_x": x[0], "in_noise": noise}
+    x, arrays, files = x[0], {"in_x": x[0], "in_noise": noise}, {}
     for name, kind in SCHEDULERS.items():
         make = functools.partial(getattr(diffusers, kind).from_config, config,
                                  **({"skip_prk_steps": True} if name == "pndm" else {}))
@@ -277,10 +280,12 @@ def schedulers():
                 arrays |= {f"{name}.{steps}.{eta:g}.timesteps": scheduler.timesteps.numpy().astype(np.int16),
                            f"{name}.{steps}.{eta:g}.states": np.stack(states)}
         pipe.scheduler = make()
+        files[kind] = json.loads(pipe.scheduler.to_json_string())
         result = run(pipe, {**CASES["guided"], "steps": 4, "scheduler": name}, np.random.default_rng(2))
         arrays |= {"in_latents": result["in_latents"], f"{name}.mel": result["mel"]}
         arrays |= {"in_latent_noise": result["in_noise"]} if "in_noise" in result else {}
     np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
+    (GOLDEN / "schedulers.json").write_text(json.dumps(files, indent=0) + "\n")
 
 
 def left_out():

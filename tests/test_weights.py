@@ -1,5 +1,4 @@
 """Checkpoints as they occur: dtypes, shards, weight norm, damage; and the exact size of the published architecture."""
-import functools
 import json
 import math
 import mmap
@@ -253,7 +252,11 @@ def audio_ldm(checkpoint):
     (audio_ldm, "model_index.json is of 'AudioLDMPipeline'; valid: a MusicLDMPipeline"),
     (lambda c: (c / "model_index.json").write_text("[]"), r"model_index.json is of \[\]"),
     (changed("model_index.json:tokenizer", ["transformers", "T5Tokenizer"]),
-     r"tokenizer is \['transformers', 'T5Tokenizer'\]; implemented: \['transformers', 'RobertaTokenizer'\]"),
+     r"tokenizer is \['transformers', 'T5Tokenizer'\]; implemented: transformers's RobertaTokenizer, Roberta"),
+    (changed("model_index.json:scheduler", ["diffusers", "DDPMScheduler"]),
+     r"scheduler is \['diffusers', 'DDPMScheduler'\]; implemented: diffusers's DDIMScheduler, DPMSolver"),
+    (lambda c: [(c / "model_index.json").unlink(), changed("scheduler/scheduler_config.json:_class_name", "X")(c)],
+     "_class_name is 'X'; implemented: DDIMScheduler, DPMSolver"),
     (changed("text_encoder/config.json:model_type", "clap_text_model"),
      "model_type is 'clap_text_model'; implemented: 'clap'"),
     (changed("unet/config.json:act_fn", "relu"), "act_fn is 'relu'; implemented: 'silu'"),
@@ -270,33 +273,43 @@ def test_unusable_checkpoints(checkpoint, damage, message):
 
 DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())  # of the reference's classes, by section
 DEFAULTS["text_encoder"]["model_type"] = "clap"
-DEFAULTS["schedule"] = {**DEFAULTS["DDIMScheduler"], "_class_name": "DDIMScheduler"}  # model_index.json says it too
+for kind in weights.SCHEDULERS:  # where a class has no such key, what another takes that is made of its file
+    DEFAULTS[kind] = {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False,
+                      "rescale_betas_zero_snr": False, **DEFAULTS[kind]}
 
 
-def part(tree, name):
-    return functools.reduce(dict.__getitem__, name.split("."), tree)
+def with_scheduler(checkpoint, kind):
+    """Put a scheduler in the place of the checkpoint's, as diffusers saves it."""
+    stated = json.loads((GOLDEN / "schedulers.json").read_text())[kind]
+    (checkpoint / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
+    changed("model_index.json:scheduler", ["diffusers", kind])(checkpoint)
 
 
 @pytest.mark.parametrize("name", weights.IMPLEMENTED)
 def test_a_key_that_is_left_out_has_the_default_of_the_reference(checkpoint, name):
     """Or is refused, if that default is not what the file stated: where it is not implemented, or fits no tensors."""
-    section, path = name.split(".")[0], checkpoint / weights.CONFIG_FILES[name.split(".")[0]]
-    text = path.read_text()
-    for key in part({section: json.loads(text)}, name):
-        stated, whole, default = {section: json.loads(text)}, golden_config(), DEFAULTS[name].get(key)
-        value = part(stated, name).pop(key)
-        path.write_text(json.dumps(stated[section]))
+    section, _, inner = name.partition(".")
+    if name in weights.SCHEDULERS:
+        with_scheduler(checkpoint, name)
+        section = "schedule"
+    path, whole = checkpoint / weights.CONFIG_FILES[section], musicldm.load_config(weights=checkpoint)
+    text, held = path.read_text(), whole[section][inner] if inner else whole[section]
+    for key in json.loads(text)[inner] if inner else json.loads(text):
+        stated, default = json.loads(text), DEFAULTS[name].get(key)
+        value = (stated[inner] if inner else stated).pop(key)
+        path.write_text(json.dumps(stated))
         try:
-            cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint)
+            cfg = musicldm.load_config(weights=checkpoint)
         except InputError:
             assert value != default, key
             continue
         assert weights.IMPLEMENTED[name].get(key, default) == default, key
         if f"{name}.{key}" in DEFAULTS:
-            default = {inner: DEFAULTS[f"{name}.{key}"][inner] for inner in whole[name][key]}
-        if key in part(whole, name):
-            part(whole, name)[key] = default
-        assert {**cfg, "weights": None} == {**whole, "weights": None}, key
+            default = {inner_key: DEFAULTS[f"{name}.{key}"][inner_key] for inner_key in held[key]}
+        wanted = {**held, **({key: default} if key in held else {})}
+        if inner:
+            wanted = {**whole[section], inner: wanted}
+        assert cfg == {**whole, section: wanted}, key
 
 
 with np.load(GOLDEN / "left_out.npz") as file:
@@ -338,6 +351,38 @@ def test_what_a_config_file_leaves_to_the_checkpoint_is_not_taken_from_it(checkp
     cfg = musicldm.load_config(tmp_path / "my.yaml", checkpoint)
     assert cfg["vae"]["scaling_factor"] == 0.18215 and cfg["sampling"]["seed"] == 5
     assert musicldm.load_config()["vae"]["scaling_factor"] == 1.075324296951294
+
+
+@pytest.mark.parametrize("kind, name", weights.SCHEDULERS.items())
+def test_the_scheduler_that_a_checkpoint_was_saved_with_is_the_default(checkpoint, params, kind, name, tmp_path):
+    with_scheduler(checkpoint, kind)
+    cfg = musicldm.load_config(weights=checkpoint)
+    assert cfg["sampling"]["scheduler"] == name and cfg["schedule"] == golden_config()["schedule"]
+    with np.load(GOLDEN / "schedulers.npz") as golden:
+        options = {"num_inference_steps": 4, "audio_length_in_s": 0.32, "output_type": "mel",
+                   "negative_prompt": CASES["guided"]["negative_prompt"], "latents": golden["in_latents"],
+                   "noise": golden["in_latent_noise"]}
+        mel = musicldm.generate(cfg, CASES["guided"]["prompt"], params, **options)
+        assert relative_error(mel, golden[f"{name}.mel"]) < 3e-5
+    assert musicldm.load_config(weights=checkpoint, overrides=["sampling.scheduler=heun"])["sampling"][
+        "scheduler"] == "heun"
+    weights.save_params(cfg, params, tmp_path / "saved")
+    saved, expected = (json.loads((folder / "scheduler/scheduler_config.json").read_text())
+                       for folder in (tmp_path / "saved", checkpoint))
+    assert {key: expected[key] for key in saved} == saved and saved["_class_name"] == kind
+    assert json.loads((tmp_path / "saved/model_index.json").read_text())["scheduler"] == ["diffusers", kind]
+
+
+@pytest.mark.parametrize("kind, key, value", [
+    ("DPMSolverMultistepScheduler", "use_karras_sigmas", True), ("DPMSolverMultistepScheduler", "solver_order", 3),
+    ("PNDMScheduler", "skip_prk_steps", False), ("EulerDiscreteScheduler", "timestep_spacing", "trailing"),
+    ("LMSDiscreteScheduler", "use_beta_sigmas", True), ("EulerAncestralDiscreteScheduler", "clip_sample", True),
+    ("HeunDiscreteScheduler", "prediction_type", "v_prediction")])
+def test_what_is_not_implemented_of_a_scheduler_is_refused(checkpoint, kind, key, value):
+    with_scheduler(checkpoint, kind)
+    changed(f"scheduler/scheduler_config.json:{key}", value)(checkpoint)
+    with pytest.raises(InputError, match=f"scheduler_config.json: {key} is {value!r}; implemented: "):
+        load(checkpoint)
 
 
 def test_everything_wrong_is_listed_at_once(checkpoint):
