@@ -151,18 +151,19 @@ def parse_override(text):
     return tree
 
 
-def load_config(path=DEFAULT_CONFIG, weights=None, overrides=()):
+def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
     """The configuration as a nested plain dict: the file, below the checkpoint's own config.json, below `overrides`.
 
     path: a YAML file; keys it leaves out have the values of the config.yaml beside this module
     weights: a checkpoint folder, a hub id, or "random"; None keeps the file's. What a checkpoint's files leave out has
         the reference's default
     overrides: texts like "sampling.seed=3", the value in YAML
+    quiet: no progress bars while a hub id is fetched
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
     cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
-    folder = checkpoints.find_weights(functools.reduce(merged, changes, cfg)["weights"])
+    folder = checkpoints.find_weights(functools.reduce(merged, changes, cfg)["weights"], quiet)
     if folder != checkpoints.RANDOM:
         stated, published = checkpoints.read_config_files(folder), read_yaml(DEFAULT_CONFIG)
         cfg = {**cfg, **merged({section: published[section] for section in stated},
@@ -1332,7 +1333,7 @@ def kept_graphs(plan):
 def planned(args):
     """Everything that a run needs to know before it loads any weights, all checked: a namespace."""
     prompts = read_prompts(args)
-    cfg = load_config(args.config, args.weights, args.set)
+    cfg = load_config(args.config, args.weights, args.set, args.quiet)
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
     options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     sampling = checked_options(cfg, options, n)

@@ -117,24 +117,43 @@ class InputError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------- folders, config
 
-def find_weights(weights):
-    """A folder path, a Hugging Face hub id or "random" -> the folder as str, or "random". Hub files are fetched."""
+def find_weights(weights, quiet=False):
+    """A folder path, a Hugging Face hub id or "random" -> the folder as str, or "random". Hub files are fetched.
+
+    Of each model the float32 files, or where there are none those of the variant fp16. quiet: without progress bars.
+    """
     if weights == RANDOM or os.path.isdir(weights):
         return weights
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
         raise InputError(f"weights: no folder {weights!r}; valid: a folder in diffusers' layout, a hub id "
                          f"such as ucsd-reach/musicldm, or {RANDOM!r}")
-    files = ["model_index.json", *CONFIG_FILES.values(), *TOKENIZER_FILES,
-             *(f"{model}/*.safetensors*" for model in MODELS)]
+    files = ["model_index.json", *CONFIG_FILES.values(), *TOKENIZER_FILES]
+    whole, halves = ({model: [f"{model}/{name}{ending}" for ending in endings] for model, name in MODELS.items()}
+                     for endings in ((".safetensors", "-*.safetensors", ".safetensors.index.json"),
+                                     (".fp16.safetensors", ".fp16-*.safetensors", ".safetensors.index.fp16.json")))
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download, utils
     except ImportError:
         raise InputError(f"weights: no folder {weights!r} here, and huggingface_hub is not installed to fetch it: run "
-                         f"'pip install huggingface_hub', or pass a folder that holds {' '.join(files)}") from None
+                         "'pip install huggingface_hub', or pass a folder that holds "
+                         f"{' '.join(files + sum(whole.values(), []))}") from None
+    shown = not utils.are_progress_bars_disabled()
     try:
-        return snapshot_download(weights, allow_patterns=files)
+        if quiet and shown:
+            utils.disable_progress_bars()
+        folder = snapshot_download(weights, allow_patterns=files + sum(whole.values(), []))
+        check_index(folder)  # no second search in a folder that is not of this kind
+        left = [model for model in MODELS if not any(pathlib.Path(folder, model).glob("*.safetensors"))]
+        if left:
+            folder = snapshot_download(weights, allow_patterns=files + sum(map(halves.get, left), []))
+        return folder
+    except InputError:
+        raise
     except Exception as error:  # the hub client has many error types; each means that the files could not be had
         raise InputError(f"weights: cannot fetch {weights!r}: {one_line(error)}") from error
+    finally:
+        if quiet and shown:
+            utils.enable_progress_bars()
 
 
 def one_line(error):
