@@ -40,7 +40,7 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
                     encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
-from weights import InputError, byte_characters, load_vocabulary
+from weights import InputError, byte_characters, load_vocabulary, one_at_a_time
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
@@ -708,6 +708,7 @@ def finite(array, what):
     return array
 
 
+@one_at_a_time
 def encode_prompt(cfg, params, prompts):
     """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
 
@@ -735,6 +736,7 @@ def heard_samples(cfg, sampling_rate):
     return extractor["nb_max_samples"] * sampling_rate // extractor["sampling_rate"] + sampling_rate
 
 
+@one_at_a_time
 def encode_audio(cfg, params, audio, sampling_rate=16000):
     """CLAP's audio vectors, np.float32 (n, projection_dim), unit length, one waveform at a time.
 
@@ -788,6 +790,7 @@ def read_audio(cfg, audio):
         raise InputError(f"audio_prompt: {error}") from None
 
 
+@one_at_a_time
 def encode_latents(cfg, params, audio, sampling_rate=16000):
     """The UNet's latents np.float32 (n, 8, h, w) of waveforms, the inverse of `decode_latents` and `vocode`.
 
@@ -807,6 +810,7 @@ def encode_latents(cfg, params, audio, sampling_rate=16000):
     return finite(np.concatenate(latents), "the latents")
 
 
+@one_at_a_time
 def decode_latents(cfg, params, latents, loop=False):
     """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
     x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
@@ -827,6 +831,7 @@ def hifigan_reach(vocoder):
     return math.ceil(reach + 3 / rate)
 
 
+@one_at_a_time
 def vocode(cfg, params, mel, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
@@ -1061,6 +1066,7 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
 
 
+@one_at_a_time
 def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
 
@@ -1093,6 +1099,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     return latents
 
 
+@one_at_a_time
 def generate(cfg, prompt=None, params=None, **options):
     """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
@@ -1103,7 +1110,8 @@ def generate(cfg, prompt=None, params=None, **options):
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
         noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
         callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
-            latents in the scheduler's own scale; may raise to stop the run
+            latents in the scheduler's own scale; may raise to stop the run, and call what is here, but must not wait for
+            another thread that does: threads compute one at a time
     With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
     another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
     seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,

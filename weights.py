@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -781,6 +782,36 @@ def random_arrays(shapes, rng):
             yield name, rng.standard_normal(shape, np.float32) * np.float32(fan_in ** -0.5)
 
 
+# ---------------------------------------------------------------------------------------------------------- computing
+
+# MindSpore's compiler and executor are one a process: two threads inside at once get wrong numbers. No result depends
+# on this lock.
+LOCK = threading.RLock()
+
+
+@functools.cache
+def computing_process():
+    """The id of the process that computed first; one forked from it still finds that here."""
+    return os.getpid()
+
+
+def one_at_a_time(function):
+    """The function for callers in any number of threads, which wait for each other; it may call others of its kind.
+
+    It raises InputError in a process that was forked after computing, where it would wait for ever: a fork takes none
+    of MindSpore's threads along.
+    """
+    @functools.wraps(function)
+    def call(*given, **named):
+        if computing_process() != os.getpid():
+            raise InputError("this process was forked from one that had computed with MindSpore; valid: to fork before "
+                             "that, or to start processes by multiprocessing's 'spawn'")
+        with LOCK:
+            return function(*given, **named)
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------------------ loading
 
 @functools.cache  # MindSpore takes each of these once a process
@@ -858,7 +889,7 @@ def parameter(array, cfg):
     if use_device(cfg) == "Ascend":
         return tensor.to("Ascend", dtype=dtype)
     if dtype != tensor.dtype:
-        return tensor.astype(dtype)
+        return one_at_a_time(tensor.astype)(dtype)
     tensor.mapping = getattr(array, "_mmap", None)  # of an np.memmap
     return tensor
 

@@ -1,0 +1,66 @@
+"""What calls share in one process: threads, forks, and the memory of compiled graphs."""
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from conftest import golden_config
+
+import musicldm
+import weights
+
+SHORT = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
+
+
+def in_a_process(script):
+    """What a fresh Python prints that runs a script, in which `params` are loaded."""
+    begin = "import os, musicldm, weights\nfrom conftest import golden_config\ncfg = golden_config()\n"
+    paths = os.pathsep.join(str(pathlib.Path(module.__file__).parent) for module in (musicldm, sys.modules[__name__]))
+    result = subprocess.run([sys.executable, "-c", begin + "params = weights.load_params(cfg)\n" + script], text=True,
+                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=120, check=True)
+    return result.stdout.splitlines()
+
+
+def test_threads_get_the_same_bytes_as_one_after_the_other(params):
+    cfg, half = golden_config(), golden_config("dtype=float16")
+    mel = np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
+    calls = [lambda: musicldm.generate(cfg, "a", params, **SHORT), lambda: musicldm.generate(cfg, "b", params, **SHORT),
+             lambda: musicldm.encode_prompt(cfg, params, ["slow blues", "many words " * 5]),
+             lambda: musicldm.encode_audio(cfg, params, mel[0, 0]), lambda: musicldm.vocode(cfg, params, mel),
+             lambda: musicldm.decode_latents(cfg, params, mel.reshape(1, 8, 16, 4)),
+             lambda: weights.load_params(half)["vocoder"]["conv_post"]["weight"].asnumpy()]
+    wanted = [call() for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda call: call(), calls * 6))
+    assert all(np.array_equal(result, expected) for result, expected in zip(results, wanted * 6))
+
+
+def test_a_callback_may_call_back_in(params):
+    cfg, inside = golden_config(), []
+    wanted = musicldm.generate(cfg, "a", params, **SHORT)
+    result = musicldm.generate(cfg, "a", params, **SHORT, callback=lambda *_: inside.append(
+        musicldm.generate(cfg, "a", params, **SHORT)))
+    assert all(np.array_equal(audio, wanted) for audio in (result, *inside)) and len(inside) == 2
+
+
+FORKED = """
+def child():
+    if os.fork() == 0:
+        try:
+            print(musicldm.encode_prompt(cfg, params, "a").tobytes().hex(), flush=True)
+        except weights.InputError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+child()
+print(musicldm.encode_prompt(cfg, params, "a").tobytes().hex(), flush=True)
+child()
+"""
+
+
+def test_a_fork_computes_if_its_parent_has_not_and_is_refused_otherwise(params):
+    before, parent, after = in_a_process(FORKED)
+    assert before == parent == musicldm.encode_prompt(golden_config(), params, "a").tobytes().hex()
+    assert after.startswith("this process was forked from one that had computed with MindSpore; valid: to fork before")
