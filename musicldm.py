@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import io
+import json
 import math
 import numbers
 import os
@@ -1281,11 +1282,21 @@ def parse_arguments(argv):
             raise argparse.ArgumentTypeError(f"{text!r}; valid: 1 to 9999")
         return int(text)
 
+    def as_meant(text):
+        """The number that a text is to people, or itself; YAML 1.1 reads 010 as 8, 1:30 as 90 and no as false."""
+        with contextlib.suppress(ValueError):
+            return int(text)
+        with contextlib.suppress(ValueError):
+            number = float(text)
+            return int(number) if number % 1 == 0 else number if math.isfinite(number) else text  # 1e3 is an integer
+        return text
+
     parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to play; may be repeated")
     parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; files are named by line and seed")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--negative-prompt", action="append", metavar="TEXT",
+                        help="what to steer away from; repeated, one for each prompt")
     parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts")
     parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
     shortcuts = {"--seconds": "sampling.audio_length_in_s", "--steps": "sampling.num_inference_steps",
@@ -1294,7 +1305,7 @@ def parse_arguments(argv):
                  "--audio-prompt-weight": "sampling.audio_prompt_weight", "--device": "device", "--dtype": "dtype"}
     for flag, key in shortcuts.items():
         parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
-                            type=lambda value, key=key: f"{key}={value}")
+                            type=lambda value, key=key: f"{key}={json.dumps(as_meant(value))}")
     parser.add_argument("--loop", dest="set", action="append_const", const="sampling.loop=true",
                         help="a clip that repeats without a seam")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any other config key")
@@ -1306,7 +1317,12 @@ def parse_arguments(argv):
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once")
     parser.add_argument("--resume", action="store_true", help="skip what is written already")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
-    return parser.parse_args(argv)
+    args, repeated = parser.parse_args(argv), ("--prompt", "--negative-prompt", "--set", "--resume", "--quiet")
+    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for name, times in collections.Counter(given + [text.partition("=")[0].strip() for text in args.set]).items():
+        if times > 1 and name not in repeated:
+            raise InputError(f"{name} is given {times} times; valid: once")
+    return args
 
 
 @contextlib.contextmanager
@@ -1343,7 +1359,8 @@ def planned(args):
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set, args.quiet)
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
-    options = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    away = args.negative_prompt  # None, one for all prompts, or a list of one for each
+    options = {} if away is None else {"negative_prompt": away[0] if len(away) == 1 else away}
     sampling = checked_options(cfg, options, n)
     takes, negative = sampling["num_waveforms_per_prompt"], sampling["negative_prompt"] or ""
     if sampling["output_type"] != "np":
@@ -1452,7 +1469,7 @@ def print_line(text):
 def run(argv, keep_graphs):
     """What `main` does, with mistakes as exceptions."""
     start = time.perf_counter()
-    args = parse_arguments(argv)
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
     say = (lambda text: None) if args.quiet else print_line
     plan = planned(args)
     cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]

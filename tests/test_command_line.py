@@ -67,6 +67,20 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("text, number", [
+    ("010", 10), ("0", 0), ("+7", 7), ("1e3", 1000), ("2.50E1", 25), ("1_000", 1000), ("12", 12), ("300.0", 300)])
+def test_numbers_are_what_people_mean(text, number):
+    args = musicldm.parse_arguments(["--seed", text, "--guidance", text])
+    sampling = musicldm.load_config(weights="random", overrides=args.set)["sampling"]
+    assert sampling["seed"] == sampling["guidance_scale"] == number and type(sampling["seed"]) is int
+
+
+def tiny(*arguments):
+    """TINY's flags but for those among the arguments, then these."""
+    pairs = zip(TINY[::2], TINY[1::2])
+    return [*itertools.chain(*(pair for pair in pairs if pair[0] not in arguments)), *arguments]
+
+
 def files():
     return sorted(path.name for path in pathlib.Path().iterdir())
 
@@ -116,6 +130,16 @@ def assert_same(path, expected, bound=2 ** -15):
     """Equal but for the rounding to 16 bits, or for a bound."""
     audio, rate = soundfile.read(path)
     assert rate == 16000 and len(audio) == len(expected) and np.abs(audio - expected).max() <= bound
+
+
+def test_negative_prompts_one_for_each_prompt():
+    assert musicldm.main(["--prompt", "a", "--prompt", "b", "--negative-prompt", "drums", "--negative-prompt", "pads",
+                          *TINY, "--quiet", "--out", "x.wav"]) == 0
+    expected = [written("--prompt", prompt, "--negative-prompt", away)
+                for prompt, away in (("a", "drums"), ("b", "pads"))]
+    for i in (0, 1):
+        assert_same(f"x_{i + 1}.wav", expected[i])
+    assert np.abs(expected[0] - written("--prompt", "a", "--negative-prompt", "pads")).max() > 2 ** -10
 
 
 def test_takes_are_ranked_within_their_prompt(capsys, params):
@@ -219,11 +243,11 @@ def test_kept_graphs_give_the_same_bytes(running, monkeypatch):
 
 def test_graphs_are_kept_for_the_same_plan_alone():
     def plan(*arguments):
-        return repr(musicldm.what_graphs_follow_from(musicldm.planned(musicldm.parse_arguments(arguments))))
+        return repr(musicldm.what_graphs_follow_from(musicldm.planned(musicldm.parse_arguments(tiny(*arguments)))))
 
     soundfile.write("a.wav", np.zeros(16000), 16000)
     pathlib.Path("x_2.wav").touch()
-    base = ["--prompt", "a", *TINY, "--out", "x.wav"]
+    base = ["--prompt", "a", "--out", "x.wav"]
     same = [[*base, *more] for more in ([], ["--seed", "5"], ["--steps", "3"], ["--guidance", "3"])]
     same += [["--prompt", "b", *base[2:]], [*base, "--prompt", "b", "--resume"]]  # the other file is there
     assert len({plan(*arguments) for arguments in same}) == 1
@@ -264,7 +288,7 @@ def test_an_audio_prompt_alone_and_with_a_text(params):
     (["--scheduler", "dpm"], "0.32 s, dpm, 2 steps", 2), (["--scheduler", "heun"], "0.32 s, heun, 2 steps", 3),
     (["--loop", "--seconds", "0.9"], "0.96 s, ddim, 2 steps", 2)])
 def test_other_schedulers_and_loops(arguments, line, evaluations, capsys):
-    assert musicldm.main(["--prompt", "drums", *TINY, *arguments]) == 0
+    assert musicldm.main(tiny("--prompt", "drums", *arguments)) == 0
     out, err = capsys.readouterr()
     assert line in out and f"musicldm.wav  {line[:6]}" in out
     assert f"step {evaluations}/{evaluations}" in err.splitlines()[-1] and files() == ["musicldm.wav"]
@@ -299,7 +323,7 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--steps", "2.5"], "sampling.num_inference_steps is 2.5; valid: an integer"),
     (["--prompt", "a", "--steps", "many"], "sampling.num_inference_steps is 'many'"),
     (["--prompt", "a", "--guidance", "nan"], "guidance_scale is 'nan'; valid: a finite number"),
-    (["--prompt", "a", "--guidance", ".nan"], "guidance_scale is nan; valid: a finite number"),
+    (["--prompt", "a", "--guidance", ".nan"], "guidance_scale is '.nan'; valid: a finite number"),
     (["--prompt", "a", "--seed", "-1"], "sampling.seed is -1; valid: 0 or more"),
     (["--prompt", "a", "--seconds", "0"], "audio_length_in_s is 0; valid: 0.04 to 600"),
     (["--prompt", "a", "--device", "TPU"], "device is 'TPU'; valid: auto, Ascend, CPU, GPU"),
@@ -309,7 +333,20 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
      "unknown config key 'sampling.sede': did you mean 'sampling.seed'?"),
     (["--prompt", "a", "--set", "seed"], "override 'seed'; valid: key=value"),
     (["--prompt", "a", "--set", "unet=3", "--set", "unet.norm_eps=1"], "unet is 3; valid: a mapping"),
-    (["--prompt", "a", "--seed", "2024-99-99"], "override 'sampling.seed=2024-99-99'"),
+    (["--prompt", "a", "--seed", "2024-99-99"], "sampling.seed is '2024-99-99'; valid: an integer"),
+    *[(["--prompt", "a", "--seconds", text], f"audio_length_in_s is {text!r}; valid: a finite number")
+      for text in ("1:30", "yes", "off", "0x10", "~", "2,5", "{}", "[1]", "'1'")],
+    (["--prompt", "a", "--seconds", "1e999"], "audio_length_in_s is inf; valid: a finite number"),
+    (["--prompt", "a", "--steps", "yes"], "num_inference_steps is 'yes'; valid: an integer"),
+    (["--prompt", "a", "--device", "no"], "device is 'no'; valid: auto"),
+    (["--prompt", "a", "--scheduler", "null"], "sampling.scheduler is 'null'; valid: ddim"),
+    *[(["--prompt", "a", flag, "1", flag, "1"], f"{flag} is given 2 times; valid: once")
+      for flag in ("--seed", "--seconds", "--guidance", "--waveforms", "--batch", "--out", "--spectrogram",
+                   "--interpolate", "--audio-prompt", "--config")],
+    (["--prompt", "a", "--loop", "--loop"], "--loop is given 2 times"),
+    (["--prompt", "a", "--seed=1", "--set", "sampling.seed=2"], "sampling.seed is given 2 times; valid: once"),
+    (["--prompt", "a", "--prompt", "b", *["--negative-prompt", "c"] * 3],
+     "negative_prompt is a list of 3; valid: one, or a list of 2"),
     (["--prompt", "a", "--guidance", "1" + "0" * 400], "valid: a finite number"),
     (["--prompt", "a", "--set", "unet.attention_head_dim=[1,2]"], "unet.attention_head_dim has 2 entries"),
     (["--prompt", "a", "--set", "unet.attention_head_dim=5"], "valid: divisors of [12, 8, 12, 16]"),
@@ -341,7 +378,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     *[(["--prompt", "a", flag, value], f"argument {flag}: {value!r}; valid: 1 to 9999")
       for flag in ("--interpolate", "--batch") for value in ("0", "x", "10000", "2.5")],
     (["--prompt", "a", "--waveforms", "0"], "num_waveforms_per_prompt is 0; valid: 1 to 1000"),
-    (["--prompt", "a", "--waveforms", "2", "--seed", "[1]"], "seed is a list of 1; valid: one, or a list of 2"),
+    (["--prompt", "a", "--waveforms", "2", "--set", "sampling.seed=[1]"],
+     "seed is a list of 1; valid: one, or a list of 2"),
     (["--prompt", "a", "--scheduler", "dmp"], "sampling.scheduler is 'dmp'; valid: ddim, dpm"),
     (["--prompt", "a", "--scheduler", "dpm", "--eta", "1"], "sampling.eta is 1; valid with the scheduler dpm: 0"),
     (["--prompt", "a", "--audio-prompt-weight", "2"], "sampling.audio_prompt_weight is 2; valid: 0 to 1"),
@@ -368,7 +406,7 @@ def test_mistakes_take_one_line_and_leave_nothing(arguments, message, capsys):
     soundfile.write("noise.wav", np.random.default_rng(0).uniform(-1, 1, 100), 16000)
     soundfile.write("silent.wav", np.zeros(0), 16000)
     before = files()
-    assert musicldm.main([*TINY, *arguments]) == 2
+    assert musicldm.main(tiny(*arguments)) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("musicldm: error: ") and message in error[0]
     assert files() == before
@@ -415,7 +453,7 @@ def test_an_output_folder_that_cannot_be_written(capsys):
 
 
 def test_ctrl_c_leaves_nothing_and_exits_130():
-    command = [sys.executable, str(ROOT / "musicldm.py"), "--prompt", "a", *TINY, "--steps", "999"]
+    command = [sys.executable, str(ROOT / "musicldm.py"), *tiny("--prompt", "a", "--steps", "999")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 3/"):
