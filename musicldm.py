@@ -41,7 +41,7 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
                     encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
-from weights import InputError, byte_characters, load_vocabulary, one_at_a_time
+from weights import InputError, byte_characters, load_vocabulary, one_at_a_time, shown
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
@@ -51,6 +51,7 @@ RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_ste
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
           "sampling.audio_prompt_weight": (0, 1)}
 FORMATS = (".wav", ".flac", ".ogg")
+KEPT = 16  # settings whose compiled graphs the command line keeps on disk
 COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
 # options of generate() that a config file cannot hold
 ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback")
@@ -62,7 +63,7 @@ def unknown(kind, name, valid):
     """An InputError about a name that is not among the valid ones, with the nearest of them."""
     near = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}")
+    return InputError(f"unknown {kind} {shown(name)}: {hint}valid: {', '.join(valid)}")
 
 
 def fits(value, like):
@@ -99,7 +100,7 @@ def checked_value(name, value, default):
         low, high = RANGES[name]
         valid, ok = f"{low} or more" if high == math.inf else f"{low} to {high}", low <= value <= high
     if not ok:
-        raise InputError(f"{name} is {value!r}; valid: {valid}")
+        raise InputError(f"{name} is {shown(value)}; valid: {valid}")
     return float(value) if isinstance(default, float) else value
 
 
@@ -107,7 +108,7 @@ def merged(base, new, prefix=""):
     """`base` with the values of `new`, an equally nested dict, checked against it; neither is changed."""
     if not isinstance(new, dict):
         name = prefix.rstrip(".") or "the configuration"
-        raise InputError(f"{name} is {new!r}; valid: a mapping of {', '.join(base)}")
+        raise InputError(f"{name} is {shown(new)}; valid: a mapping of {', '.join(base)}")
     result = dict(base)
     for key, value in new.items():
         if key not in base:
@@ -145,8 +146,8 @@ def parse_override(text):
     """ "unet.norm_eps=1" -> {"unet": {"norm_eps": 1}}."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"override {text!r}; valid: key=value, such as sampling.seed=3")
-    tree = parse_yaml(value, f"override {text!r}")
+        raise InputError(f"override {shown(text)}; valid: key=value, such as sampling.seed=3")
+    tree = parse_yaml(value, f"override {shown(text)}")
     for key in reversed(name.strip().split(".")):
         tree = {key: tree}
     return tree
@@ -255,7 +256,7 @@ def tokenize(cfg, prompts):
         tokens = text_to_tokens(prompt, ranks, added)
         if len(tokens) > longest - 2:
             cut = tokens_to_text(tokens[longest - 2:], added)
-            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {cut!r}", stacklevel=2)
+            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {shown(cut)}", stacklevel=2)
         tokens = ["<s>", *tokens[:longest - 2], "</s>"]
         rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])
     length = max(map(len, rows))
@@ -692,6 +693,21 @@ def stretch(x, frames):
 
 # ----------------------------------------------------------------------------------------------------------- pipeline
 
+SIZES, COMPILED = 24, set()  # how many sizes of UNet, VAE and vocoder have compiled graphs at most, and which do
+
+
+def make_room(cfg, model, *size):
+    """Before a model is compiled for one size more than SIZES, forget all compiled graphs, the caller's own among them.
+
+    MindSpore would keep them, tens of megabytes a graph, until the process ends. Nothing changes in what is computed.
+    """
+    key = repr((model, cfg[model], cfg["dtype"], size))
+    if key not in COMPILED and len(COMPILED) >= SIZES:
+        mindspore.ms_memory_recycle()
+        COMPILED.clear()
+    COMPILED.add(key)
+
+
 def to_tensor(cfg, array):
     """An array as a Tensor of the dtype that cfg computes in."""
     return Tensor(np.ascontiguousarray(array, np.float32), checkpoints.tensor_dtype(cfg))
@@ -815,6 +831,7 @@ def encode_latents(cfg, params, audio, sampling_rate=16000):
 def decode_latents(cfg, params, latents, loop=False):
     """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
     x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
+    make_room(cfg, "vae", x.shape[1:], loop)
     p, vae = mindspore.mutable(params["vae"]), frozen(cfg["vae"])
     return finite(np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop))
                                   for i in range(len(x))]), "the spectrogram")
@@ -847,6 +864,7 @@ def vocode(cfg, params, mel, loop=False, window=1024):
     step = max(1, window - 2 * reach)
     size = min(mel.shape[1], step + 2 * reach)
     last = mel.shape[1] - size
+    make_room(cfg, "vocoder", size)
     waveforms = []
     for x in mel:
         parts, done = [], 0
@@ -954,7 +972,7 @@ def checked_vectors(name, value, n, cfg):
 def checked_audio(audio, sampling_rate):
     """A list of (samples,) arrays, each with a finite floating-point sample or more."""
     if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
-        raise InputError(f"sampling_rate is {sampling_rate!r}; valid: an integer from 1000 to 192000")
+        raise InputError(f"sampling_rate is {shown(sampling_rate)}; valid: an integer from 1000 to 192000")
     try:
         several = isinstance(audio, (list, tuple)) or np.ndim(audio) == 2
         arrays = [np.asarray(x) for x in (audio if several else [audio])]
@@ -973,10 +991,10 @@ def checked_prompts(prompt):
     """A text, or a list of texts -> a list of one text or more; else an InputError."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise InputError(f"prompt is {prompt!r}; valid: a text, or a list of one text or more")
+        raise InputError(f"prompt is {shown(prompt)}; valid: a text, or a list of one text or more")
     for text in prompts:
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"prompt {text!r} holds half a surrogate pair; valid: Unicode text")
+            raise InputError(f"prompt {shown(text)} holds half a surrogate pair; valid: Unicode text")
     return list(prompts)
 
 
@@ -1076,6 +1094,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
     Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
+    make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
     checkpoints.release(params)  # the text tower and what was prepared have done their work
@@ -1111,8 +1130,8 @@ def generate(cfg, prompt=None, params=None, **options):
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
         noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
         callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
-            latents in the scheduler's own scale; may raise to stop the run, and call what is here, but must not wait for
-            another thread that does: threads compute one at a time
+            latents in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait
+            for another thread that does: threads compute one at a time
     With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
     another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
     seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
@@ -1137,7 +1156,7 @@ def generate(cfg, prompt=None, params=None, **options):
             raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
         negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
     if callback is not None and not callable(callback):
-        raise InputError(f"callback is {callback!r}; valid: a function of step, timestep and latents")
+        raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
     guided, loop, takes = sampling["guidance_scale"] > 1, sampling["loop"], sampling["num_waveforms_per_prompt"]
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
     steps, shape = sampling["num_inference_steps"], (n * takes, *size)
@@ -1179,7 +1198,7 @@ def check_output(flag, paths, formats, size):
     """An InputError now if files could not be written there when they are ready; `size` is in bytes."""
     path = max(paths, key=lambda path: len(os.fsencode(path.name)))
     if path.suffix.lower() not in formats:
-        raise InputError(f"{flag} {path}: unknown format {path.suffix!r}; valid endings: {', '.join(formats)}")
+        raise InputError(f"{flag} {path}: unknown format {shown(path.suffix)}; valid endings: {', '.join(formats)}")
     if any(os.path.isdir(path) for path in paths) or not os.path.isdir(path.parent):
         raise InputError(f"{flag} {path}: valid is a file name in a folder that exists")
     if len(os.fsencode(path.name)) > 240:
@@ -1279,7 +1298,7 @@ def parse_arguments(argv):
 
     def count(text):
         if not re.fullmatch("[1-9][0-9]{0,3}", text):
-            raise argparse.ArgumentTypeError(f"{text!r}; valid: 1 to 9999")
+            raise argparse.ArgumentTypeError(f"{shown(text)}; valid: 1 to 9999")
         return int(text)
 
     def as_meant(text):
@@ -1326,32 +1345,49 @@ def parse_arguments(argv):
 
 
 @contextlib.contextmanager
-def kept_graphs(plan):
+def kept_graphs(plan, device="CPU"):
     """Compiled graphs in the user's cache folder, from the last run of the same plan and for the next one.
 
     MindSpore (MS_COMPILER_CACHE_ENABLE) finds a graph by its number in the order of compilation alone, and looks for
     the folder once a process. So a folder serves one plan, all that order and graphs follow from, and one version of
-    the code; it appears under its name when a run is through. On a CPU alone: nobody has tried it elsewhere.
+    the code; it appears under its name when a run is through. The KEPT that were used last stay. On a CPU alone:
+    nobody has tried it elsewhere.
     """
     sources = [pathlib.Path(module.__file__).read_bytes() for module in (sys.modules[__name__], layers, checkpoints)]
     key = hashlib.sha256(repr((mindspore.__version__, sources, plan)).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "musicldm"
-    try:
-        if plan[0]["device"] != "CPU":
-            raise OSError
-        cache.mkdir(parents=True, exist_ok=True)
-        part = tempfile.mkdtemp(".part", f"{key}.", cache)
-    except OSError:  # as well without
-        os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
-        yield
-        return
-    os.environ["MS_COMPILER_CACHE_PATH"] = str(cache / key if (cache / key).exists() else part)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            if device != "CPU":
+                raise OSError
+            import fcntl  # not on Windows
+            cache.mkdir(parents=True, exist_ok=True)
+            for left in cache.glob("*.part"):
+                file = os.open(left, os.O_RDONLY)
+                with contextlib.suppress(BlockingIOError):  # a run that still goes on holds the lock of its folder
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                os.close(file)
+            if not (cache / key).exists():
+                with tempfile.TemporaryFile(dir=cache) as file:  # MindSpore would complain again and again
+                    file.write(bytes(2 ** 26))
+            part = pathlib.Path(tempfile.mkdtemp(dir=cache))
+            fcntl.flock(os.open(part, os.O_RDONLY), fcntl.LOCK_EX)  # before another process can take it for a leftover
+            part = part.rename(part.with_suffix(".part"))
+            stack.callback(shutil.rmtree, part, ignore_errors=True)
+        except (OSError, ImportError):  # as well without
+            os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
+            yield
+            return
+        os.environ["MS_COMPILER_CACHE_PATH"] = str(cache / key if (cache / key).exists() else part)
         yield
         with contextlib.suppress(OSError):  # the folder is there, from an earlier run or another process
             os.rename(part, cache / key)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.utime(cache / key)
+            folders = sorted(set(cache.iterdir()) - set(cache.glob("*.part")), key=os.path.getmtime)
+            for old in folders[:-KEPT]:
+                shutil.rmtree(old.rename(old.with_suffix(".part")))
 
 
 def planned(args):
@@ -1480,7 +1516,7 @@ def run(argv, keep_graphs):
         say("the weights are random: the result is noise, not music")
     written = 0
     if plan.missing:
-        with kept_graphs(what_graphs_follow_from(plan)) if keep_graphs else contextlib.nullcontext():
+        with kept_graphs(what_graphs_follow_from(plan), checkpoints.use_device(cfg)) if keep_graphs else contextlib.nullcontext():
             params = checkpoints.load_params(cfg)
             for files, lines in produce(plan, params, args.quiet):
                 write_files(files)

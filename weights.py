@@ -126,7 +126,7 @@ def find_weights(weights, quiet=False):
     if weights == RANDOM or os.path.isdir(weights):
         return weights
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
-        raise InputError(f"weights: no folder {weights!r}; valid: a folder in diffusers' layout, a hub id "
+        raise InputError(f"weights: no folder {shown(weights)}; valid: a folder in diffusers' layout, a hub id "
                          f"such as ucsd-reach/musicldm, or {RANDOM!r}")
     files = ["model_index.json", *CONFIG_FILES.values(), *TOKENIZER_FILES]
     whole, halves = ({model: [f"{model}/{name}{ending}" for ending in endings] for model, name in MODELS.items()}
@@ -135,12 +135,12 @@ def find_weights(weights, quiet=False):
     try:
         from huggingface_hub import snapshot_download, utils
     except ImportError:
-        raise InputError(f"weights: no folder {weights!r} here, and huggingface_hub is not installed to fetch it: run "
+        raise InputError(f"weights: no folder {shown(weights)} here, and huggingface_hub is not installed to fetch it: run "
                          "'pip install huggingface_hub', or pass a folder that holds "
                          f"{' '.join(files + sum(whole.values(), []))}") from None
-    shown = not utils.are_progress_bars_disabled()
+    bars = not utils.are_progress_bars_disabled()
     try:
-        if quiet and shown:
+        if quiet and bars:
             utils.disable_progress_bars()
         folder = snapshot_download(weights, allow_patterns=files + sum(whole.values(), []))
         check_index(folder)  # no second search in a folder that is not of this kind
@@ -153,13 +153,25 @@ def find_weights(weights, quiet=False):
     except Exception as error:  # the hub client has many error types; each means that the files could not be had
         raise InputError(f"weights: cannot fetch {weights!r}: {one_line(error)}") from error
     finally:
-        if quiet and shown:
+        if quiet and bars:
             utils.enable_progress_bars()
 
 
 def one_line(error):
     """The message of an exception, or its type, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value):
+    """A value as a message shows it: in one line of 200 characters at most, and of a dict the keys alone."""
+    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else one_line(repr(value))
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def listed(names):
+    """The first of some names, and how many there are besides."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_json(path):
@@ -232,7 +244,7 @@ def with_defaults(name, stated, path):
     for key, value in IMPLEMENTED[name].items():
         if complete.get(key, value) != value:
             default = "" if key in stated else ", the reference's default"
-            raise InputError(f"weights: {path}: {key} is {complete[key]!r}{default}; implemented: {value!r}")
+            raise InputError(f"weights: {path}: {key} is {shown(complete[key])}{default}; implemented: {value!r}")
     if name == "text_encoder":
         return {**complete, **{part: with_defaults(f"{name}.{part}", stated.get(part) or {}, path)
                                for part in ("text_config", "audio_config")}}
@@ -699,13 +711,17 @@ def find_sources(shapes, stored, where):
 
 def mismatch(shapes, stored, where):
     """How `stored`, {name: array, or a text in place of one without floats}, differs from `shapes`: a text, or None."""
+    whole = next(iter(shapes))
+    prefix = next((name.removesuffix(whole) for name in stored if name.endswith("." + whole)), None)
+    if prefix and all(name.startswith(prefix) for name in stored):
+        return f"{where}: all names begin with {prefix!r}; valid: the same names without it"
     problems = {"missing": [name for name in shapes if name not in stored],
                 "unexpected": [name for name in stored if name not in shapes]}
     stored = {name: stored[name] for name in shapes if name in stored}
     problems["not floating-point"] = [f"{name} ({x})" for name, x in stored.items() if isinstance(x, str)]
     problems["of the wrong shape"] = [f"{name} {x.shape} instead of {shapes[name]}" for name, x in stored.items()
                                       if not isinstance(x, str) and x.shape != shapes[name]]
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     return f"{where}: {'; '.join(found)}" if found else None
 
 
@@ -953,7 +969,7 @@ def load_params(cfg):
             params[model] = nest({name: parameter(array, cfg) for name, array in zip(sources, arrays)})
             release(params[model])
     if broken:
-        raise InputError(f"weights: NaN or Inf in {'; '.join(sorted(broken))}")
+        raise InputError(f"weights: NaN or Inf in {listed(sorted(broken))}")
     return params
 
 
@@ -1016,7 +1032,7 @@ def checked_arrays(cfg, params, dtype):
                           for name in shapes[model]} for model in shapes}
     broken = [f"{model}.{name}" for model in arrays for name, x in arrays[model].items() if not np.isfinite(x).all()]
     if broken:
-        raise InputError(f"params: NaN or Inf in {dtype}: {', '.join(broken)}")
+        raise InputError(f"params: NaN or Inf in {dtype}: {listed(broken)}")
     return arrays
 
 
@@ -1031,7 +1047,7 @@ def save_params(cfg, params, folder, dtype="float32", vocabulary=None):
     something, and one that cannot be written.
     """
     if dtype not in ("float32", "float16"):
-        raise InputError(f"dtype is {dtype!r}; valid: float32, float16")
+        raise InputError(f"dtype is {shown(dtype)}; valid: float32, float16")
     folder = pathlib.Path(folder).resolve()
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:

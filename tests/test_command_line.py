@@ -1,5 +1,6 @@
 """The command line from its arguments to the files, every mistake it answers, and the README's commands."""
 import contextlib
+import fcntl
 import io
 import itertools
 import os
@@ -239,6 +240,38 @@ def test_kept_graphs_give_the_same_bytes(running, monkeypatch):
     assert musicldm.main([*KEPT, "wanted.wav"]) == 0
     wanted = pathlib.Path("wanted.wav").read_bytes()
     assert [(folder / name).read_bytes() == wanted for name in ("first.wav", "second.wav")] == [True, True]
+
+
+def test_the_graphs_used_last_stay_on_disk_and_leftovers_do_not(elsewhere, monkeypatch):
+    monkeypatch.setenv("MS_COMPILER_CACHE_PATH", "")  # MindSpore's own switch, MS_COMPILER_CACHE_ENABLE, is off here
+    cache = pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "musicldm"
+
+    def graphs():
+        return {path.read_text() for path in cache.rglob("graph")}
+
+    for name in ("killed.part", "running.part"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "graph").write_text(name)
+    lock = os.open(cache / "running.part", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for i, plan in enumerate([*range(musicldm.KEPT), 0, musicldm.KEPT, musicldm.KEPT + 1]):
+        with musicldm.kept_graphs(plan):
+            graph = pathlib.Path(os.environ["MS_COMPILER_CACHE_PATH"]) / "graph"
+            assert not graph.exists() or (plan, graph.read_text()) == (0, "0")
+            graph.write_text(str(plan))
+        os.utime(graph.parent if graph.exists() else max(cache.iterdir(), key=os.path.getmtime), (i, i))
+    os.close(lock)
+    assert graphs() == {"running.part", "0", *map(str, range(3, musicldm.KEPT + 2))}
+    with pytest.raises(KeyError), musicldm.kept_graphs("fails"):
+        raise KeyError
+    assert len(list(cache.iterdir())) == musicldm.KEPT and len(graphs()) == musicldm.KEPT  # the other run has ended
+
+
+def test_without_room_for_graphs_none_are_kept(elsewhere, monkeypatch):
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    with small_files_only(), musicldm.kept_graphs("a plan"):
+        assert os.environ["MS_COMPILER_CACHE_ENABLE"] == "0"
+    assert list((pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "musicldm").iterdir()) == []
 
 
 def test_graphs_are_kept_for_the_same_plan_alone():
