@@ -666,7 +666,7 @@ def clap_features(cfg, waveforms):
 
 
 def log_mel(vocoder, waveform):
-    """The log-mel spectrogram that VAE and vocoder work on: (samples,) at the vocoder's rate -> np.float32 (frames, 64).
+    """The log-mel spectrogram of VAE and vocoder: a waveform (samples,) at their rate -> np.float32 (frames, 64).
 
     There are samples / 160 frames, rounded up (160 is the product of upsample_rates); silence fills the last one.
     Slaney's bands from 0 Hz to half the rate over magnitudes, log of at least 1e-5: the authors' training code.
@@ -822,6 +822,7 @@ def encode_latents(cfg, params, audio, sampling_rate=16000):
     for waveform in waveforms:
         mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
         mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
+        make_room(cfg, "vae", mel.shape, "encoder")
         mean, _ = vae_encode(to_tensor(cfg, mel[None]), p, vae)
         latents.append(to_numpy(mean).transpose(0, 3, 1, 2) * np.float32(cfg["vae"]["scaling_factor"]))
     return finite(np.concatenate(latents), "the latents")
@@ -1516,7 +1517,8 @@ def run(argv, keep_graphs):
         say("the weights are random: the result is noise, not music")
     written = 0
     if plan.missing:
-        with kept_graphs(what_graphs_follow_from(plan), checkpoints.use_device(cfg)) if keep_graphs else contextlib.nullcontext():
+        graphs = kept_graphs(what_graphs_follow_from(plan), checkpoints.use_device(cfg)) if keep_graphs else None
+        with graphs or contextlib.nullcontext():
             params = checkpoints.load_params(cfg)
             for files, lines in produce(plan, params, args.quiet):
                 write_files(files)

@@ -135,8 +135,8 @@ def find_weights(weights, quiet=False):
     try:
         from huggingface_hub import snapshot_download, utils
     except ImportError:
-        raise InputError(f"weights: no folder {shown(weights)} here, and huggingface_hub is not installed to fetch it: run "
-                         "'pip install huggingface_hub', or pass a folder that holds "
+        raise InputError(f"weights: no folder {shown(weights)} here, and huggingface_hub is not installed to fetch it: "
+                         "run 'pip install huggingface_hub', or pass a folder that holds "
                          f"{' '.join(files + sum(whole.values(), []))}") from None
     bars = not utils.are_progress_bars_disabled()
     try:
