@@ -1,5 +1,6 @@
 """Training: what differentiates, against torch's autograd on the reference's own modules; runs; and bad input."""
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
-import yaml
 from conftest import GOLDEN, golden_config, relative_error
 from mindspore import Tensor, ops
 from scipy import stats
@@ -159,9 +159,9 @@ CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright syn
 TINY = {"clap": {"batch": 8, "crop": 1.0, "learning_rate": 3e-3, "warmup": 10},
         "vae": {"batch": 4, "crop": 0.32, "learning_rate": 5e-3, "warmup": 10},
         "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [2, 4],
-                    "adversarial_from": 100},
+                    "adversarial_from": 50},
         "unet": {"batch": 8, "crop": 0.32, "segment": 1.28, "learning_rate": 5e-3, "warmup": 10, "ema": 0.9}}
-STEPS = {"clap": 100, "vae": 200, "vocoder": 103, "unet": 200}
+STEPS = {"clap": 80, "vae": 90, "vocoder": 52, "unet": 60}
 
 
 def overrides(stage, **more):
@@ -187,11 +187,35 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
+ARCHITECTURE = """
+text_encoder:
+  projection_dim: 16
+  text_config: {vocab_size: 280, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+  audio_config: {spec_size: 64, patch_embeds_hidden_size: 8, hidden_size: 16, depths: [1, 1], num_attention_heads: [2, 2]}
+feature_extractor: {sampling_rate: 16000, hop_length: 640, nb_max_samples: 16000, frequency_max: 8000.0}
+unet:
+  in_channels: 4
+  out_channels: 4
+  block_out_channels: [16, 32]
+  down_block_types: [DownBlock2D, CrossAttnDownBlock2D]
+  up_block_types: [CrossAttnUpBlock2D, UpBlock2D]
+  layers_per_block: 1
+  norm_num_groups: 8
+  projection_class_embeddings_input_dim: 16
+vae: {latent_channels: 4, block_out_channels: [8, 16, 16], layers_per_block: 1, norm_num_groups: 8}
+vocoder:
+  upsample_initial_channel: 16
+  upsample_rates: [10, 16]
+  upsample_kernel_sizes: [20, 32]
+  resblock_kernel_sizes: [3]
+  resblock_dilation_sizes: [[1, 3]]
+"""
+
+
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory):
-    """The tiny checkpoint's architecture as a config file for random weights."""
-    path, cfg = tmp_path_factory.mktemp("config") / "tiny.yaml", golden_config()
-    path.write_text(yaml.safe_dump({**{name: cfg[name] for name in (*weights.MODELS, "feature_extractor")}}))
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(ARCHITECTURE)
     return path
 
 
@@ -208,13 +232,13 @@ def runs(corpus, tiny_config, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ["clap", "vae", "vocoder", "unet"])
 def test_every_stage_learns(stage, runs):
-    history = runs[stage][1][:100 if stage == "vocoder" else None, 0]
+    history = runs[stage][1][:50 if stage == "vocoder" else None, 0]
     assert len(history) and np.mean(history[-10:]) < np.mean(history[:5]) / 2
 
 
 def test_the_discriminators_learn_when_their_time_has_come(runs):
     _, history = runs["vocoder"]
-    assert np.all(history[:100, 1] == 0) and np.all(history[100:, 1] > 0)
+    assert np.all(history[:50, 1] == 0) and np.all(history[50:, 1] > 0)
 
 
 def test_what_was_trained_plays(runs, tmp_path):
@@ -250,60 +274,55 @@ def test_conditions_and_mixes(runs, corpus):
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_a_run_is_its_seed_and_goes_on_after_a_kill(runs, corpus, tmp_path):
-    """Two runs of ten steps, one of them killed and gone on with: equal to the byte, state and checkpoint."""
-    command = [sys.executable, train.__file__, "vae", "--data", str(corpus), "--weights", str(runs["clap"][0] / "checkpoint"),
-               "--steps", "10", "--seed", "3"]
-    for setting in overrides("vae", save_minutes=0.0, report_steps=1):
+def test_a_run_is_its_seed_and_goes_on_after_ctrl_c_and_a_kill(runs, corpus, tmp_path):
+    """Two runs of ten steps, one of them stopped, gone on with, killed and gone on with: equal to the byte."""
+    command = [sys.executable, train.__file__, "clap", "--data", str(corpus), "--weights",
+               str(runs["clap"][0] / "checkpoint"), "--steps", "10", "--seed", "3"]
+    for setting in overrides("clap", save_minutes=0.0, report_steps=1):
         command += ["--set", setting]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.kill()
-            break
-    process.wait()
-    assert not (killed / "checkpoint").exists()
-    ended = subprocess.run([*command, "--out", str(killed)], check=True, capture_output=True, text=True)
-    assert "goes on from step" in ended.stdout
+
+    def signalled(step, number):
+        process = subprocess.Popen([*command, "--out", str(broken)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"step {step}/"):
+                process.send_signal(number)
+                break
+        process.stdout.read()
+        return process.wait()
+
+    assert signalled(3, signal.SIGINT) == 130 and (broken / "checkpoint" / "vae").is_dir()
+    assert signalled(7, signal.SIGKILL) == -signal.SIGKILL
+    ended = subprocess.run([*command, "--out", str(broken)], check=True, capture_output=True, text=True)
+    assert re.search("goes on from step [67]$", ended.stdout, re.MULTILINE)
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     assert "state.safetensors" in map(str, files) and len(files) > 10
-    assert files == [path.relative_to(killed) for path in sorted(killed.rglob("*")) if path.is_file()]
+    assert files == [path.relative_to(broken) for path in sorted(broken.rglob("*")) if path.is_file()]
     for path in files:
-        assert (whole / path).read_bytes() == (killed / path).read_bytes(), path
-
-
-def test_ctrl_c_saves_and_stops(runs, corpus, tmp_path):
-    command = [sys.executable, train.__file__, "vae", "--data", str(corpus), "--weights", str(runs["clap"][0] / "checkpoint"),
-               "--steps", "100000", "--out", str(tmp_path / "run")]
-    for setting in overrides("vae", report_steps=1):
-        command += ["--set", setting]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGINT)
-            break
-    process.stdout.read()
-    assert process.wait() == 130
-    assert (tmp_path / "run" / "checkpoint" / "vae").is_dir() and (tmp_path / "run" / "state.safetensors").exists()
+        assert (whole / path).read_bytes() == (broken / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("stage", ["clap", "vae"])
 def test_two_processes_take_the_step_of_one(stage, runs, corpus, tmp_path):
     start = runs["unet"][0] / "checkpoint"
-    command = [train.__file__, stage, "--data", str(corpus), "--weights", str(start), "--steps", "2"]
+    command = [train.__file__, stage, "--data", str(corpus), "--weights", str(start), "--steps", "1"]
     for setting in overrides(stage):
         command += ["--set", setting]
     subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], check=True, capture_output=True)
     msrun = pathlib.Path(sys.executable).with_name("msrun")
     done = subprocess.run([str(msrun), "--worker_num", "2", "--local_worker_num", "2", "--join", "True", "--log_dir",
                            str(tmp_path / "logs"), "--master_port", "8199", *command, "--out", str(tmp_path / "two")],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=200,  # msrun starts the PATH's python
+                          env={**os.environ, "PATH": f"{msrun.parent}{os.pathsep}{os.environ['PATH']}"})
     assert done.returncode == 0, done.stdout[-2000:]
     one, two = (safetensors.numpy.load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
     for name in one:
-        assert np.abs(one[name] - two[name]).max() <= 1e-5 * np.abs(one[name]).max(), name
+        error = np.abs(one[name] - two[name])
+        if name.endswith(("weights", "average")):  # AdamW's first step is the gradient's sign: not where it is rounding
+            gradient = np.abs(one[f"{name.split('.')[0]}.first"])
+            error = error[gradient > 1e-3 * gradient.max()]
+        assert error.max() <= 1e-5 * np.abs(one[name]).max(), name
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -373,6 +392,6 @@ def test_another_run_is_not_gone_on_with(runs, corpus, tmp_path, tiny_config):
 def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path):
     with pytest.raises(InputError, match="the loss of vae is .* at step .*: lower learning_rate"):
         train.train("vae", corpus, tmp_path / "run", str(runs["clap"][0] / "checkpoint"), steps=50, say=lambda text: None,
-                    overrides=overrides("vae", learning_rate=1.0, warmup=0, clip=1e30, weight_decay=1.0, save_minutes=0.0))
+                    overrides=overrides("vae", learning_rate=1.0, warmup=0, clip=1.0e30, weight_decay=1.0, save_minutes=0.0))
     state = safetensors.numpy.load_file(tmp_path / "run" / "state.safetensors")
     assert all(np.isfinite(x).all() for x in state.values()) and not (tmp_path / "run" / "checkpoint").exists()

@@ -9,6 +9,7 @@ same command goes on with a run that was stopped. A run follows from its seed: t
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -115,9 +116,16 @@ def make_update(network, settings, processes):
     (beta1, beta2), decay, clip = BETAS, settings["weight_decay"], settings["clip"]
     weights, first_moment, second_moment, averages = (state[name] for name in STATE)
     reduce = ops.AllReduce() if processes > 1 else None
+    each = ops.HyperMap()  # a loop over hundreds of tensors is deeper than a graph may be
+
+    def flattened(grad):
+        return ops.Reshape()(grad, (-1,))
+
+    def put(w, leaf, begin, size):
+        return ops.assign(leaf, ops.Reshape()(ops.Slice()(w, (begin,), (size,)), leaf.shape))
 
     def update(grads, rate, average_decay, correction1, correction2):
-        g = ops.Concat(0)([grad.reshape(-1) for grad in grads])
+        g = ops.Concat(0)(each(flattened, grads))
         if reduce is not None:
             g = reduce(g) * (1 / processes)
         norm = ops.sqrt(ops.MatMul()(g.reshape(1, -1), g.reshape(-1, 1)).reshape(()))
@@ -129,8 +137,7 @@ def make_update(network, settings, processes):
         ops.assign(first_moment, first)
         ops.assign(second_moment, second)
         ops.assign(weights, w)
-        for i in range(len(leaves)):
-            ops.assign(leaves[i], ops.Reshape()(ops.Slice()(w, (begins[i],), (sizes[i],)), leaves[i].shape))
+        each(functools.partial(put, w), leaves, begins, sizes)
         return norm
 
     return update
@@ -481,6 +488,8 @@ def start_from_random(cfg, stage, tracks, seed, folder):
     """A checkpoint with random weights in `folder`, with what a stage finds in the corpus: for clap the vocabulary of
     the captions and the statistics of the audio tower's batch norm. Returns its cfg."""
     params = checkpoints.random_params(cfg, seed)
+    last = params["vocoder"]["conv_post"]  # near silence, as HiFi-GAN begins: a tanh at its ends does not learn
+    last["weight"] = last["weight"] * 0.01
     captions = [text for track in tracks for text in track.get("captions", [])]
     vocabulary = data.learn_vocabulary(captions, cfg["text_encoder"]["text_config"]["vocab_size"])
     if stage == "clap":
@@ -572,8 +581,8 @@ def make_step(loss, network, settings, processes):
 
 
 def distribution():
-    """(processes, rank) under msrun, (1, 0) otherwise."""
-    if os.environ.get("MS_ROLE") != "MS_WORKER":
+    """(processes, rank) under msrun, (1, 0) otherwise. msrun's scheduler stays here until the others are through."""
+    if os.environ.get("MS_ROLE") not in ("MS_WORKER", "MS_SCHED"):
         return 1, 0
     import mindspore.communication as communication
     communication.init()
@@ -668,6 +677,7 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
 def main(argv=None):
     """The command line: 0 when the run is through, 2 after one line about a mistake, 130 after Ctrl-C."""
     if os.environ.get("MS_ROLE") == "MS_SCHED":
+        distribution()
         return 0
 
     def fail(message):
