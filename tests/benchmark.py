@@ -7,12 +7,14 @@
 One clip with guidance. PYTHON has torch 2.13.0, diffusers 0.33.1 and transformers 4.57.1. Each implementation and dtype
 has a process that loads its models once; they compute in turn, never two at a time, on all cores. Only ratios from one
 run count, as other work moves the times. Everything at full size takes tens of minutes: --stages picks some of
-prompt, unet, vae, vocoder, generate (with its four parts), compile, memory, shell (the command line) and operators (of
-a UNet step). Linux only.
+prompt, unet, vae, vocoder, generate (with its four parts), compile, memory, shell (the command line), operators (of a
+UNet step) and train (a step of each stage of training/train.py, as its config.yaml has them: forward, backward and
+AdamW; the vocoder without discriminators). Linux only.
 """
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import math
 import os
@@ -30,7 +32,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT = "melodic techno with a fast beat and synths"
 PARTS = ("prompt", "unet", "vae", "vocoder")  # of generate, which runs the unet once a step
-STAGES = (*PARTS, "generate", "compile", "memory", "shell", "operators")
+TRAINING = ("train clap", "train vae", "train vocoder", "train unet")
+STAGES = (*PARTS, "generate", "compile", "memory", "shell", "operators", "train")
 OURS, OURS_BF16, PEER, PEER_BF16 = [f"{name} {dtype}" for name in ("musicldm", "diffusers")
                                     for dtype in ("float32", "bfloat16")]
 SQUARE = 4096  # rows and columns of the matrices that tell the machine's own rate
@@ -173,7 +176,98 @@ def musicldm_stages(args, dtype):
         "vae": timed(lambda: musicldm.decode_latents(cfg, params, latents)),
         "vocoder": timed(lambda: musicldm.vocode(cfg, params, mel)),
         "generate": timed_steps(lambda callback: musicldm.generate(
-            cfg, PROMPT, params, num_inference_steps=args.steps, callback=callback), args.steps)}
+            cfg, PROMPT, params, num_inference_steps=args.steps, callback=callback), args.steps),
+        **training_steps(cfg, params)}
+
+
+def training_steps(cfg, params):
+    """{"train clap": function of no arguments, ...}: a step of training/train.py on noise; the first call compiles."""
+    sys.path.insert(0, str(ROOT / "training"))
+    import soundfile
+    import train
+    from mindspore import Tensor
+
+    @functools.cache
+    def step(stage):
+        settings, noise = train.stage_settings(stage), np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            soundfile.write(folder / "noise.wav", noise.uniform(-0.5, 0.5, 163840), 16000)
+            track = {"path": folder / "noise.wav", "rate": 16000, "samples": 163840, "captions": [PROMPT]}
+            more = {"folder": folder, "say": lambda text: None} if stage == "unet" else {}
+            task = train.STAGES[stage](cfg, params, settings, [track, track], 0, 1, 0, **more)
+            ((name, loss),) = task.losses(0).items()
+            given = train.schedule(settings, 0, task.rates[name]) + [Tensor(x) for x in task.batch(0)]
+        compiled = train.make_step(loss, task.networks[name], settings, 1)
+        return lambda: compiled(*given)[0].asnumpy()
+
+    return {name: timed(lambda name=name: step(name.split()[1])()) for name in TRAINING}
+
+
+def torch_training_steps(pipe):
+    """The same with torch's autograd and AdamW, on the same shapes."""
+    import torch
+    import yaml
+    from transformers.audio_utils import mel_filter_bank
+    vocoder, clap, tokens = pipe.vocoder.config, pipe.text_encoder, pipe.tokenizer
+    every = yaml.safe_load((ROOT / "training" / "config.yaml").read_text())
+    factor, bands = pipe.vae_scale_factor, vocoder.model_in_dim
+    hop = math.prod(vocoder.upsample_rates)
+    filters = torch.tensor(mel_filter_bank(513, bands, 0, vocoder.sampling_rate / 2, vocoder.sampling_rate, "slaney",
+                                           "slaney"), dtype=torch.float32)
+
+    def frames(stage, multiple=factor):
+        return round(every[stage]["crop"] * vocoder.sampling_rate / hop / multiple) * multiple
+
+    def log_mel(x):
+        spectrum = torch.stft(x, 1024, hop, window=torch.hann_window(1024), center=False, return_complex=True)
+        return torch.log(torch.clamp(torch.sqrt(torch.view_as_real(spectrum).pow(2).sum(-1) + 1e-9).transpose(1, 2)
+                                     @ filters, min=1e-5))
+
+    def loss_and_model(stage):
+        n = every[stage]["batch"]
+        if stage == "unet":
+            config, rows = pipe.unet.config, frames("unet") // factor
+            x, noise = torch.randn(2, n, config.in_channels, rows, bands // factor)
+            t, labels = torch.randint(1000, (n,)), torch.randn(n, config.projection_class_embeddings_input_dim)
+            return lambda: (pipe.unet(x, t, None, class_labels=labels).sample - noise).pow(2).mean(), pipe.unet
+        if stage == "vae":
+            mel = torch.randn(n, 1, frames("vae"), bands)
+
+            def loss():
+                posterior = pipe.vae.encode(mel).latent_dist
+                return (pipe.vae.decode(posterior.sample()).sample - mel).abs().mean() + 1e-4 * posterior.kl().mean()
+            return loss, pipe.vae
+        if stage == "vocoder":
+            mel, real = torch.randn(n, frames("vocoder"), bands), torch.randn(n, frames("vocoder") * hop)
+            return lambda: (log_mel(pipe.vocoder(mel)[:, :real.shape[1]]) - log_mel(real)).abs().mean(), pipe.vocoder
+        given = tokens([PROMPT] * n, return_tensors="pt")
+        extractor = pipe.feature_extractor
+        frames_heard = extractor.nb_max_samples // extractor.hop_length + 1
+        features = torch.randn(n, 1, frames_heard, extractor.feature_size)
+
+        def loss():
+            text = torch.nn.functional.normalize(clap.get_text_features(**given), dim=-1)
+            audio = torch.nn.functional.normalize(clap.get_audio_features(input_features=features), dim=-1)
+            logits, labels = text @ audio.T, torch.arange(n)
+            return (torch.nn.functional.cross_entropy(logits * clap.logit_scale_t.exp(), labels)
+                    + torch.nn.functional.cross_entropy(logits.T * clap.logit_scale_a.exp(), labels)) / 2
+        return loss, clap
+
+    @functools.cache
+    def step(stage):
+        loss, model = loss_and_model(stage)
+        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), 1e-4)
+
+        def run():
+            with torch.enable_grad():
+                optimizer.zero_grad()
+                loss().backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+        return run
+
+    return {name: timed(lambda name=name: step(name.split()[1])()) for name in TRAINING}
 
 
 def diffusers_stages(args, dtype):
@@ -198,7 +292,8 @@ def diffusers_stages(args, dtype):
         "vae": timed(lambda: pipe.vae.decode(latents / pipe.vae.config.scaling_factor)),
         "vocoder": timed(lambda: pipe.mel_spectrogram_to_waveform(mel)),
         "generate": timed_steps(lambda callback: pipe(
-            PROMPT, audio_length_in_s=args.seconds, num_inference_steps=args.steps, callback=callback), args.steps)}
+            PROMPT, audio_length_in_s=args.seconds, num_inference_steps=args.steps, callback=callback), args.steps),
+        **torch_training_steps(pipe)}
 
 
 def peak_memory():
@@ -287,13 +382,14 @@ def shell(args, folder):
 def rounds(args, kinds, folder):
     """{kind: what it tells}, {kind: {stage: [reply, one a round]}}: the stages by turns in all kinds."""
     asked = [stage for stage in (*PARTS, "generate") if stage in args.stages or "generate" in args.stages]
+    asked += TRAINING if "train" in args.stages else ()
     about, asks, replies = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             about[kind], asks[kind] = stack.enter_context(worker(kind, args, folder / kind))
             own = ["unet"] if kind == PEER_BF16 else asked + ["matmul"] if kind.startswith("musicldm") else asked
-            replies[kind] = {stage: [] for stage in own}
-            for stage in own:  # the first call compiles, and does not count; generate then finds all compiled
+            replies[kind] = {stage: [] for stage in own if kind.endswith("float32") or stage not in TRAINING}
+            for stage in replies[kind]:  # the first call compiles, and does not count; generate then finds all compiled
                 if stage != "generate":
                     asks[kind](stage)
         for i in range(args.rounds):
@@ -397,7 +493,7 @@ def main():
         if "memory" in args.stages:
             for kind, peak in memory(args, [kind for kind in kinds if kind != PEER_BF16], folder).items():
                 result["samples"][kind]["memory"] = [peak]
-        if {*PARTS, "generate"} & {*args.stages}:
+        if {*PARTS, "generate", "train"} & {*args.stages}:
             result["about"], replies = rounds(args, kinds, folder)
             for kind in kinds:
                 result["samples"][kind] |= {"load": [result["about"][kind]["load"]], **derived(args, replies[kind])}

@@ -393,7 +393,7 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--out", "a" * 250 + ".wav"], "the file name is too long"),
     (["--prompt", "a", "--weights", "a" * 5000], "weights: no folder"),
     (["--prompt", "a", "--set", "a=[1"], "override 'a=[1'"),
-    (["--prompt", "a", "--set", "unet.norm_eps.x=1"], "unet.norm_eps is {'x': 1}; valid: a finite number"),
+    (["--prompt", "a", "--set", "unet.norm_eps.x=1"], "unet.norm_eps is a mapping of x; valid: a finite number"),
     (["--prompt", "a", "--set", "vocoder.upsample_rates=[5,x]"], "vocoder.upsample_rates is [5, 'x']; valid: a list"),
     (["--prompt", "a", "--config", "none.yaml"], "config: cannot read none.yaml"),
     (["--prompt", "a", "--config", "bad.yaml"], "config: cannot read bad.yaml"),

@@ -37,15 +37,21 @@ def test_threads_get_the_same_bytes_as_one_after_the_other(params):
     assert all(np.array_equal(result, expected) for result, expected in zip(results, wanted * 6))
 
 
-def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params, monkeypatch):
-    cfg, options, inside = golden_config(), {**SHORT, "output_type": "latent"}, []
-    latents = np.random.default_rng(0).standard_normal((1, 8, 9, 4)).astype(np.float32)
-    wanted, mel = musicldm.generate(cfg, "a", params, **options), musicldm.decode_latents(cfg, params, latents)
-    monkeypatch.setattr(musicldm, "SIZES", 1)
-    musicldm.make_room(cfg, "unet", "another size")  # forgets the graph of mel, so that it compiles within the callback
-    result = musicldm.generate(cfg, "a", params, **options, callback=lambda *_: inside.append(
-        musicldm.decode_latents(cfg, params, latents)))
-    assert np.array_equal(result, wanted) and np.array_equal(inside, [mel, mel])
+CALLING_BACK = """
+import numpy
+options = {"audio_length_in_s": 0.32, "num_inference_steps": 2, "output_type": "latent"}
+latents, inside = numpy.random.default_rng(0).standard_normal((1, 8, 9, 4)).astype(numpy.float32), []
+wanted, mel = musicldm.generate(cfg, "a", params, **options), musicldm.decode_latents(cfg, params, latents)
+musicldm.SIZES = 1
+musicldm.make_room(cfg, "unet", "another size")  # forgets the graph of mel, so that it compiles within the callback
+result = musicldm.generate(cfg, "a", params, **options, callback=lambda *_: inside.append(
+    musicldm.decode_latents(cfg, params, latents)))
+print(numpy.array_equal(result, wanted), numpy.array_equal(inside, [mel, mel]))
+"""
+
+
+def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs():
+    assert in_a_process(CALLING_BACK) == ["True True"]
 
 
 FORKED = """

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,36 @@ def test_lambda_is_beta_and_downbeats_leave_enough():
     assert drawn == {0.5, 2.5, 4.5} and mixup.draw_downbeat([6.0], 8.0, 3.0, rng) is None
 
 
+# ---------------------------------------------------------------------------------------------------------- optimizer
+
+def test_steps_are_those_of_adamw():
+    """Against Loshchilov & Hutter's algorithm 2 in float64, with warm-up, clipping and the averaged weights."""
+    rng = np.random.default_rng(0)
+    flat = {name: rng.standard_normal((5, 3)).astype(np.float32) for name in ("a.weight", "b.weight")}
+    network, x = train.make_network(flat), rng.standard_normal((5, 3)).astype(np.float32)
+    first, second = network.leaves
+    settings = {"weight_decay": 0.1, "clip": 2.0, "warmup": 3, "ema": 0.9}
+
+    def loss(x):
+        return (first * x).sum() ** 2 + (second * x).sum() ** 2
+
+    step = train.make_step(loss, network, settings, 1)
+    w = np.stack([*flat.values()]).astype(np.float64)
+    m, v, average = np.zeros_like(w), np.zeros_like(w), w
+    for n in range(1, 7):
+        g = 2 * (w * x).sum((1, 2), keepdims=True) * x.astype(np.float64)
+        norm = np.linalg.norm(g)
+        g, rate, ema = g * min(1, 2 / norm), 0.01 * min(1, n / 3), min(0.9, n / (9 + n))
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        w = w - rate * (m / (1 - 0.9 ** n) / (np.sqrt(v / (1 - 0.99 ** n)) + 1e-8) + 0.1 * w)
+        average = ema * average + (1 - ema) * w
+        _, found = step(*train.schedule(settings, n - 1, 0.01), Tensor(x))
+        assert float(found.asnumpy()) == pytest.approx(norm, rel=1e-5)
+    for name, wanted in (("weights", w), ("average", average), ("first", m), ("second", v)):
+        assert relative_error(train.vectors(network)[name], wanted.ravel()) < 2e-6, name
+    assert relative_error(np.stack([leaf.asnumpy() for leaf in network.leaves]), w) < 2e-6
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright synths", "dark bass", "soft bells", "noise"]
@@ -219,14 +250,24 @@ def tiny_config(tmp_path_factory):
     return path
 
 
+def readme_commands(start, folder):
+    """The arguments of the commands in training/README.md that begin with `start`, at work in a folder."""
+    text = (pathlib.Path(train.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    return [[str(folder / part) if part.startswith("runs/") else part for part in shlex.split(line)[2:]]
+            for line in text.splitlines() if line.startswith(f"python {start}")]
+
+
 @pytest.fixture(scope="module")
 def runs(corpus, tiny_config, tmp_path_factory):
-    """All four stages from random weights, one on another: {stage: (folder, losses)}."""
-    folder, start, found = tmp_path_factory.mktemp("runs"), "random", {}
-    for stage in ("clap", "vae", "vocoder", "unet"):
-        history = train.train(stage, corpus, folder / stage, start, tiny_config, overrides(stage), STEPS[stage], seed=4,
-                              say=lambda text: None)
-        start, found[stage] = str(folder / stage / "checkpoint"), (folder / stage, history)
+    """All four stages as training/README.md runs them, but tiny and short: {stage: (folder, losses)}."""
+    folder, found = tmp_path_factory.mktemp("home"), {}
+    for arguments in readme_commands("training/train.py", folder):
+        stage, out = arguments[0], pathlib.Path(arguments[arguments.index("--out") + 1])
+        arguments = [str(tiny_config) if part.endswith(".yaml") else part for part in arguments]
+        sets = [part for text in overrides(stage) for part in ("--set", text)]
+        assert train.main([*arguments, "--data", str(corpus), "--steps", str(STEPS[stage]), "--seed", "4", *sets]) == 0
+        found[stage] = out, safetensors.numpy.load_file(out / "state.safetensors")["losses"]
+    assert [*found] == ["clap", "vae", "vocoder", "unet"]
     return found
 
 
@@ -242,9 +283,8 @@ def test_the_discriminators_learn_when_their_time_has_come(runs):
 
 
 def test_what_was_trained_plays(runs, tmp_path):
-    out = tmp_path / "a.wav"
-    assert musicldm.main(["--weights", str(runs["unet"][0] / "checkpoint"), "--prompt", "slow piano", "--seconds", "1.28",
-                          "--steps", "5", "--out", str(out), "--quiet"]) == 0
+    out, ((*arguments,),) = tmp_path / "a.wav", readme_commands("musicldm.py", runs["unet"][0].parents[1])
+    assert musicldm.main([*arguments, "--seconds", "1.28", "--steps", "5", "--out", str(out), "--quiet"]) == 0
     audio, rate = soundfile.read(out)
     assert (len(audio), rate) == (20480, 16000) and audio.std() > 1e-3
 
@@ -366,7 +406,7 @@ def test_ten_bad_lines_are_told_at_once(corpus, tmp_path):
     (["--data", "nowhere"], "cannot read nowhere/manifest.jsonl"), (["--set", "batch=0"], "batch is 0"),
     (["--set", "bach=1"], "did you mean 'batch'"), (["--set", "crop=long"], "crop is 'long'"),
     (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"), (["--weights", "nowhere"], "no folder 'nowhere'"),
-    (["--out", "{corpus}"], "holds no run"), (["--out", "none/run"], "cannot be made"), (["--set", "batch"], "key=value"),
+    (["--out", "{corpus}"], "holds no run"), (["--out", "{corpus}/0.wav/run"], "cannot be made"), (["--set", "batch"], "key=value"),
 ])
 def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

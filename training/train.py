@@ -84,8 +84,8 @@ def make_network(flat):
 
 
 def vectors(network):
-    """{name: np.float32 (numbers,)} of a network's state."""
-    return {name: x.asnumpy().copy() for name, x in network.state.items()}
+    """{name: np.float32 (numbers,)} of a network's state, which shares their memory: not to be kept over a step."""
+    return {name: x.asnumpy() for name, x in network.state.items()}
 
 
 def restore(network, state):
@@ -104,8 +104,8 @@ def split(network, vector):
 
 
 def make_update(network, settings, processes):
-    """update(grads, rate, decay, correction1, correction2): one step of AdamW (Loshchilov & Hutter, 2017, algorithm 2)
-    and of the average of the weights, in a graph; returns the gradients' norm.
+    """update(grads, rate, average_decay, power1, power2): one step of AdamW (Loshchilov & Hutter, 2017, algorithm 2) and
+    of the average of the weights, in a graph; returns the gradients' norm. The powers are the betas' at this step.
 
     The gradients are one vector: its norm, a collective over processes and AdamW then are a few operators, not
     hundreds.
@@ -114,30 +114,27 @@ def make_update(network, settings, processes):
     sizes = tuple(math.prod(leaf.shape) for leaf in leaves)
     begins = tuple(int(begin) for begin in np.cumsum([0, *sizes])[:-1])
     (beta1, beta2), decay, clip = BETAS, settings["weight_decay"], settings["clip"]
-    weights, first_moment, second_moment, averages = (state[name] for name in STATE)
+    weights, first, second, averages = (state[name] for name in STATE)
     reduce = ops.AllReduce() if processes > 1 else None
+    adam = ops.Adam()  # in place, where arithmetic would need a vector more for each of its steps
     each = ops.HyperMap()  # a loop over hundreds of tensors is deeper than a graph may be
 
     def flattened(grad):
         return ops.Reshape()(grad, (-1,))
 
-    def put(w, leaf, begin, size):
-        return ops.assign(leaf, ops.Reshape()(ops.Slice()(w, (begin,), (size,)), leaf.shape))
+    def put(leaf, begin, size):
+        return ops.assign(leaf, ops.Reshape()(ops.Slice()(weights, (begin,), (size,)), leaf.shape))
 
-    def update(grads, rate, average_decay, correction1, correction2):
+    def update(grads, rate, average_decay, power1, power2):
         g = ops.Concat(0)(each(flattened, grads))
         if reduce is not None:
             g = reduce(g) * (1 / processes)
         norm = ops.sqrt(ops.MatMul()(g.reshape(1, -1), g.reshape(-1, 1)).reshape(()))
         g = g * ops.minimum(clip / (norm + 1e-6), Tensor(1.0, g.dtype))
-        first = first_moment * beta1 + g * (1 - beta1)
-        second = second_moment * beta2 + g * g * (1 - beta2)
-        w = weights - rate * (first / correction1 / (ops.sqrt(second / correction2) + EPSILON) + decay * weights)
-        ops.assign(averages, averages + (1 - average_decay) * (w - averages))
-        ops.assign(first_moment, first)
-        ops.assign(second_moment, second)
-        ops.assign(weights, w)
-        each(functools.partial(put, w), leaves, begins, sizes)
+        ops.assign(weights, weights * (1 - rate * decay))
+        adam(weights, first, second, power1, power2, rate, beta1, beta2, EPSILON, g)
+        ops.assign(averages, averages + (1 - average_decay) * (weights - averages))
+        each(put, leaves, begins, sizes)
         return norm
 
     return update
@@ -148,7 +145,7 @@ def schedule(settings, step, rate):
     warm = min(1.0, (step + 1) / max(1, settings["warmup"]))
     average = min(settings["ema"], (1 + step) / (10 + step))
     return [Tensor(np.float32(x)) for x in
-            (rate * warm, average, 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1))]
+            (rate * warm, average, BETAS[0] ** (step + 1), BETAS[1] ** (step + 1))]
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -426,12 +423,14 @@ def kept_examples(path, make):
             return {"latents": np.split(file["latents"], ends[:-1]), "vectors": file["vectors"],
                     "captions": np.split(file["captions"], captions[:-1]), "empty": file["empty"]}
     made = make()
-    part = path.with_name(f".{path.name}")
-    with part.open("wb") as file:
-        np.savez(file, latents=np.concatenate(made["latents"]), ends=np.cumsum([len(x) for x in made["latents"]]),
-                 captions=np.concatenate(made["captions"]), empty=made["empty"], vectors=made["vectors"],
-                 caption_ends=np.cumsum([len(x) for x in made["captions"]]))
-    part.replace(path)
+
+    def write(part):
+        with part.open("wb") as file:
+            np.savez(file, latents=np.concatenate(made["latents"]), ends=np.cumsum([len(x) for x in made["latents"]]),
+                     captions=np.concatenate(made["captions"]), empty=made["empty"], vectors=made["vectors"],
+                     caption_ends=np.cumsum([len(x) for x in made["captions"]]))
+
+    write_whole(path, write)
     return made
 
 
@@ -503,22 +502,22 @@ def start_from_random(cfg, stage, tracks, seed, folder):
     checkpoints.save_params(cfg, params, folder, vocabulary=vocabulary)
 
 
-def write_whole(path, content):
-    """A file that is there whole or not at all."""
+def write_whole(path, write):
+    """A file that is there whole or not at all; write(path) writes it."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(content)
+        write(part)
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"--out {path}: cannot be written: {checkpoints.one_line(error)}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def save_state(folder, networks, step, history):
     arrays = {f"{name}.{kind}": x for name, network in networks.items() for kind, x in vectors(network).items()}
-    write_whole(folder / "state.safetensors", safetensors.numpy.save(
-        {**arrays, "losses": np.array(history, np.float32).reshape(step, -1)}, {"step": str(step)}))
+    arrays["losses"] = np.array(history, np.float32).reshape(step, -1)
+    write_whole(folder / "state.safetensors", lambda part: safetensors.numpy.save_file(arrays, part))
 
 
 def load_state(folder, networks):
@@ -548,10 +547,10 @@ def check_run(folder, described):
         raise InputError(f"--out {folder} is not empty and holds no run; valid: a new folder, or the same run")
     else:
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from None
-        write_whole(path, json.dumps(described, indent=1).encode())
+        write_whole(path, lambda part: part.write_text(json.dumps(described, indent=1)))
 
 
 def write_checkpoint(folder, cfg, params):
@@ -570,9 +569,9 @@ def make_step(loss, network, settings, processes):
     reduce = ops.AllReduce() if processes > 1 else None
 
     @mindspore.jit
-    def step(rate, average_decay, correction1, correction2, *batch):  # a tuple of them would be a constant
+    def step(rate, average_decay, power1, power2, *batch):  # a tuple of them would be a constant
         value, grads = value_and_grad(*batch)
-        norm = update(grads, rate, average_decay, correction1, correction2)
+        norm = update(grads, rate, average_decay, power1, power2)
         if reduce is not None:
             value = reduce(value) * (1 / processes)
         return value, norm
