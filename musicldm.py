@@ -894,33 +894,40 @@ def clip_size(cfg, seconds, loop=False):
     return samples, (cfg["unet"]["in_channels"], height, width)
 
 
+def free_memory(cfg):
+    """Bytes that this process may take where cfg computes; inf on a GPU, and where the system does not say (Linux does).
+
+    What it holds counts as free: it is the weights, and MindSpore's pool, which the next call takes again.
+    """
+    card = checkpoints.card(cfg)
+    if card:
+        return card.free_memory + mindspore.runtime.memory_reserved()
+    if checkpoints.use_device(cfg) != "CPU":
+        return math.inf
+
+    def stated(path, pattern, otherwise):
+        found = re.search(pattern, pathlib.Path(path).read_text()) if os.path.exists(path) else None
+        return int(found[1]) if found else otherwise
+
+    return min(1024 * (stated("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", math.inf)
+                       + stated("/proc/self/status", r"RssAnon:\s+(\d+) kB", 0)),
+               stated("/sys/fs/cgroup/memory.max", r"^(\d+)", math.inf),  # a container's limit, or its older kind
+               stated("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)", math.inf))
+
+
 def check_memory(cfg, shape, guided):
     """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
 
     The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU, and covers what lives at once
-    elsewhere (tests/test_ascend.py). Nothing is refused on a GPU, nor where the system does not say what is free (Linux
-    does).
+    elsewhere (tests/test_ascend.py).
     """
-    card = checkpoints.card(cfg)
-    if card is None and checkpoints.use_device(cfg) != "CPU":
-        return
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
     levels = len(cfg["vae"]["block_out_channels"])
     count = 9 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
                             6 * h * w * 4 ** (levels - 1) * in_vae[1])
     count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
-
-    def stated(path, pattern, otherwise):
-        found = re.search(pattern, pathlib.Path(path).read_text()) if os.path.exists(path) else None
-        return int(found[1]) if found else otherwise
-
-    # what this process holds counts as free: it is the weights, and MindSpore's pool, which the next call takes again
-    free = card.free_memory + mindspore.runtime.memory_reserved() if card else min(
-        1024 * (stated("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", math.inf)
-                + stated("/proc/self/status", r"RssAnon:\s+(\d+) kB", 0)),
-        stated("/sys/fs/cgroup/memory.max", r"^(\d+)", math.inf),  # a container's limit, or its older kind
-        stated("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)", math.inf))
+    free = free_memory(cfg)
     if 4 * count > free:
         raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * count / 1e9:.1f} GB of memory, "
                          f"and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")

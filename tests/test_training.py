@@ -186,7 +186,8 @@ def test_steps_are_those_of_adamw():
 
 # --------------------------------------------------------------------------------------------------------------- runs
 
-CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright synths", "dark bass", "soft bells", "noise"]
+CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright synths", "dark bass", "soft bells",
+            "noise"]
 TINY = {"clap": {"batch": 8, "crop": 1.0, "learning_rate": 3e-3, "warmup": 10},
         "vae": {"batch": 4, "crop": 0.32, "learning_rate": 5e-3, "warmup": 10},
         "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [2, 4],
@@ -207,8 +208,8 @@ def write_corpus(folder, n=8, rate=16000, seconds=1.28):
         beat = np.exp(-40 * (t % (0.16 + 0.16 * (i % 2))))
         audio = 0.5 * beat * np.sin(2 * np.pi * 150 * (i + 1) * t)
         soundfile.write(folder / f"{i}.wav", audio, rate)
-        lines.append({"audio": f"{i}.wav", "captions": [CAPTIONS[i], f"music {CAPTIONS[i]}"], "tempo": 93.75 * (1 + i % 2),
-                      "downbeats": [0.0, 0.32, 0.64, 0.96]})
+        lines.append({"audio": f"{i}.wav", "captions": [CAPTIONS[i], f"music {CAPTIONS[i]}"],
+                      "tempo": 93.75 * (1 + i % 2), "downbeats": [0.0, 0.32, 0.64, 0.96]})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -222,7 +223,8 @@ ARCHITECTURE = """
 text_encoder:
   projection_dim: 16
   text_config: {vocab_size: 280, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
-  audio_config: {spec_size: 64, patch_embeds_hidden_size: 8, hidden_size: 16, depths: [1, 1], num_attention_heads: [2, 2]}
+  audio_config:
+    {spec_size: 64, patch_embeds_hidden_size: 8, hidden_size: 16, depths: [1, 1], num_attention_heads: [2, 2]}
 feature_extractor: {sampling_rate: 16000, hop_length: 640, nb_max_samples: 16000, frequency_max: 8000.0}
 unet:
   in_channels: 4
@@ -377,7 +379,8 @@ def line_of(**change):
     (line_of(audio="none.wav"), "line 2: cannot read none.wav"), (line_of(audio="text.wav"), "cannot read text.wav"),
     (line_of(audio="empty.wav"), "empty.wav is empty"), (line_of(audio="silent.wav"), "silent.wav is silent"),
     (line_of(captions="a"), "captions is 'a'"), (line_of(captions=[1]), r"captions is \[1\]"),
-    (line_of(captions=[" "]), "captions is"), (line_of(tempo="fast"), "tempo is 'fast'"), (line_of(tempo=0), "tempo is 0"),
+    (line_of(captions=[" "]), "captions is"), (line_of(tempo="fast"), "tempo is 'fast'"),
+    (line_of(tempo=0), "tempo is 0"),
     (line_of(tempo=1000), "valid: 20 to 400"), (line_of(downbeats=[-1.0]), "downbeats must rise"),
     (line_of(downbeats=[0.5, 0.2]), "downbeats must rise"), (line_of(downbeats=[99.0]), "1.28 s"),
     (line_of(downbeats=["0"]), "downbeats is"),
@@ -406,7 +409,9 @@ def test_ten_bad_lines_are_told_at_once(corpus, tmp_path):
     (["--data", "nowhere"], "cannot read nowhere/manifest.jsonl"), (["--set", "batch=0"], "batch is 0"),
     (["--set", "bach=1"], "did you mean 'batch'"), (["--set", "crop=long"], "crop is 'long'"),
     (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"), (["--weights", "nowhere"], "no folder 'nowhere'"),
-    (["--out", "{corpus}"], "holds no run"), (["--out", "{corpus}/0.wav/run"], "cannot be made"), (["--set", "batch"], "key=value"),
+    (["--out", "{corpus}"], "holds no run"), (["--out", "{corpus}/0.wav/run"], "cannot be made"),
+    (["--set", "batch"], "key=value"),
+    (["--set", "batch=4096", "--set", "crop=600"], "GB of memory"),
 ])
 def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -420,8 +425,9 @@ def test_another_run_is_not_gone_on_with(runs, corpus, tmp_path, tiny_config):
     folder = runs["vae"][0]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     start = str(runs["clap"][0] / "checkpoint")
-    for change, message in ((dict(seed=5), "its seed is 4"), (dict(overrides=overrides("vae", batch=2)), "its settings"),
-                            (dict(weights=str(GOLDEN / "checkpoint")), "its weights"), (dict(stage="unet"), "its stage")):
+    for change, message in (
+            (dict(seed=5), "its seed is 4"), (dict(overrides=overrides("vae", batch=2)), "its settings"),
+            (dict(weights=str(GOLDEN / "checkpoint")), "its weights"), (dict(stage="unet"), "its stage")):
         arguments = dict(stage="vae", data_folder=corpus, out=folder, weights=start, config=tiny_config,
                          overrides=overrides("vae"), steps=1, seed=4)
         with pytest.raises(InputError, match=message):
@@ -431,7 +437,8 @@ def test_another_run_is_not_gone_on_with(runs, corpus, tmp_path, tiny_config):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path):
     with pytest.raises(InputError, match="the loss of vae is .* at step .*: lower learning_rate"):
-        train.train("vae", corpus, tmp_path / "run", str(runs["clap"][0] / "checkpoint"), steps=50, say=lambda text: None,
-                    overrides=overrides("vae", learning_rate=1.0, warmup=0, clip=1.0e30, weight_decay=1.0, save_minutes=0.0))
+        train.train("vae", corpus, tmp_path / "run", str(runs["clap"][0] / "checkpoint"), steps=50,
+                    say=lambda text: None, overrides=overrides("vae", learning_rate=1.0, warmup=0, clip="1.0e+30",
+                                                               weight_decay=1.0, save_minutes=0.0))
     state = safetensors.numpy.load_file(tmp_path / "run" / "state.safetensors")
     assert all(np.isfinite(x).all() for x in state.values()) and not (tmp_path / "run" / "checkpoint").exists()

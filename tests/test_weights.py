@@ -427,4 +427,5 @@ def test_each_process_of_msrun_takes_its_own_device(monkeypatch, device, current
     monkeypatch.delenv("DEVICE_ID", raising=False)
     if number:
         monkeypatch.setenv("DEVICE_ID", number)
-    assert weights.use_device({"device": device, "dtype": "float32"}) == (current if device == "auto" else device) and chosen == expected
+    used = weights.use_device({"device": device, "dtype": "float32"})
+    assert used == (current if device == "auto" else device) and chosen == expected

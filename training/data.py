@@ -47,7 +47,7 @@ def problem_with(folder, record):
 
 
 def read_manifest(folder):
-    """Every track of a corpus: a list of the manifest's objects, each with `path`, `rate` (Hz) and `samples` of its file.
+    """Every track of a corpus: the manifest's objects, each with `path`, `rate` (Hz) and `samples` of its file.
 
     All files are opened and read once. Raises InputError, one line, that tells up to ten lines that are wrong.
     """
@@ -88,7 +88,7 @@ def of_split(tracks, split):
 
 
 def crop(track, start, seconds, rate):
-    """Mono np.float32 (round(seconds * rate),) of a track from `start` seconds on, at `rate` Hz; silence after its end."""
+    """Mono np.float32 (round(seconds * rate),) of a track from `start` seconds on, at `rate` Hz; then silence."""
     first, count = round(start * track["rate"]), math.ceil(seconds * track["rate"])
     audio, _ = soundfile.read(str(track["path"]), count, first, dtype="float32", always_2d=True)
     audio = musicldm.resample(audio.mean(axis=1), track["rate"], rate)[:round(seconds * rate)]

@@ -39,7 +39,7 @@ def kl_divergence(mean, log_variance):
 
 @constexpr
 def stft_basis(size, hop, bands, rate):
-    """Cosines and sines under a Hann window (columns, 2 * bins), padded to whole hops, and mel filters (bins, bands)."""
+    """Cosines and sines under a Hann window (columns, 2 * bins), in whole hops, and mel filters (bins, bands)."""
     n = np.arange(size)
     angles = 2 * np.pi * n[:, None] * np.arange(size // 2 + 1) / size
     hann = np.hanning(size + 1)[:-1, None]

@@ -104,8 +104,8 @@ def split(network, vector):
 
 
 def make_update(network, settings, processes):
-    """update(grads, rate, average_decay, power1, power2): one step of AdamW (Loshchilov & Hutter, 2017, algorithm 2) and
-    of the average of the weights, in a graph; returns the gradients' norm. The powers are the betas' at this step.
+    """update(grads, rate, average_decay, power1, power2): one step of AdamW (Loshchilov & Hutter, 2017, algorithm 2)
+    and of the average of the weights, in a graph; returns the gradients' norm. The powers are the betas' at this step.
 
     The gradients are one vector: its norm, a collective over processes and AdamW then are a few operators, not
     hundreds.
@@ -221,7 +221,7 @@ def clap_loss(tree, cfg, processes=1, rank=0):
 
 
 def clap_stage(cfg, params, settings, tracks, seed, processes, rank):
-    """Contrastive learning of both towers; the audio tower's batch norm keeps its statistics, see `start_from_random`."""
+    """Contrastive learning of both towers; the audio tower's batch norm keeps its statistics (`start_from_random`)."""
     captioned = [track for track in tracks if track.get("captions")]
     if len(captioned) < 2:
         raise InputError("--data: fewer than two tracks have captions; valid for clap: captions for every track")
@@ -481,6 +481,33 @@ def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None
 STAGES = {"clap": clap_stage, "vae": vae_stage, "vocoder": vocoder_stage, "unet": unet_stage}
 
 
+def check_memory(cfg, stage, settings):
+    """Refuse a batch whose step would not fit: an InputError with an estimate, from the peaks of runs on a CPU.
+
+    1 GB, 66 bytes a number to learn, and for each example a multiple of all layers' outputs, by the stage.
+    """
+    tower, unet, vae, vocoder = (cfg[name] for name in ("text_encoder", "unet", "vae", "vocoder"))
+    frames, mels, factor = frame_count(cfg, settings["crop"]), vocoder["model_in_dim"], vae_factor(cfg)
+    if stage == "clap":
+        tower, kept = tower["audio_config"], 62
+        side, width = tower["spec_size"] // tower["patch_size"], tower["patch_embeds_hidden_size"]
+        outputs = [(side // 2 ** i) ** 2 * width * 2 ** i * depth for i, depth in enumerate(tower["depths"])]
+    elif stage == "vocoder":
+        lengths = frames * np.cumprod(vocoder["upsample_rates"])
+        convolutions, kept = 2 * sum(map(len, vocoder["resblock_dilation_sizes"])), 17
+        outputs = [int(length) * vocoder["upsample_initial_channel"] // 2 ** (i + 1) * convolutions
+                   for i, length in enumerate(lengths)]
+    else:
+        model, scale, kept = (vae, 1, 34) if stage == "vae" else (unet, factor, 100)
+        outputs = [frames * mels // scale ** 2 // 4 ** i * channels * (model["layers_per_block"] + 1)
+                   for i, channels in enumerate(model["block_out_channels"])]
+    numbers = sum(map(math.prod, checkpoints.param_shapes(cfg)[{"clap": "text_encoder"}.get(stage, stage)].values()))
+    need, free = 1e9 + 66 * numbers + 4 * settings["batch"] * kept * sum(outputs), musicldm.free_memory(cfg)
+    if need > free:
+        raise InputError(f"a step of {stage} with batch {settings['batch']} would take about {need / 1e9:.1f} GB of "
+                         f"memory, and {free / 1e9:.1f} are free; valid: a smaller batch or crop")
+
+
 # ---------------------------------------------------------------------------------------------------------------- run
 
 def start_from_random(cfg, stage, tracks, seed, folder):
@@ -535,7 +562,7 @@ def load_state(folder, networks):
 
 
 def check_run(folder, described):
-    """Make `folder` the run that `described` describes, or see that it is; else an InputError that names a difference."""
+    """Make `folder` the run that `described` describes, or see that it is; an InputError names the difference."""
     path = folder / "run.json"
     if path.exists():
         known = checkpoints.read_json(path)
@@ -616,6 +643,7 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
     processes, rank = distribution()
     if settings["batch"] % processes:
         raise InputError(f"batch is {settings['batch']}; valid in {processes} processes: a multiple of that")
+    check_memory(cfg, stage, {**settings, "batch": settings["batch"] // processes})
     folder = pathlib.Path(out)
     manifest = hashlib.sha256((pathlib.Path(data_folder) / "manifest.jsonl").read_bytes()).hexdigest()
     described = {"stage": stage, "seed": seed, "weights": weights, "manifest": manifest,
