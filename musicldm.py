@@ -81,6 +81,7 @@ def fits(value, like):
 
 def checked_value(name, value, default):
     """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.)?\d+e[-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-5 and 1.5e5 as text
     if name == "sampling.negative_prompt":
@@ -1001,7 +1002,10 @@ def checked_prompts(prompt):
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError(f"prompt is {shown(prompt)}; valid: a text, or a list of one text or more")
     for text in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if re.search("[\udc80-\udcff]", text):  # what Python makes of a byte that it could not decode
+            raise InputError(f"prompt {shown(text)} is not text in this locale, whose encoding is "
+                             f"{sys.getfilesystemencoding()}; valid: a UTF-8 locale, such as LC_ALL=C.UTF-8")
+        if re.search("[\ud800-\udfff]", text):
             raise InputError(f"prompt {shown(text)} holds half a surrogate pair; valid: Unicode text")
     return list(prompts)
 
@@ -1282,7 +1286,7 @@ def read_prompts(args):
     prompts = dict(enumerate(args.prompt, 1))
     if args.prompts_file is not None:
         try:
-            lines = pathlib.Path(args.prompts_file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            lines = pathlib.Path(args.prompts_file).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
         except OSError as error:
             raise InputError(f"--prompts-file {args.prompts_file}: {checkpoints.one_line(error)}") from None
         for number, line in enumerate(lines, 1):
@@ -1500,9 +1504,11 @@ def produce(plan, params, quiet):
 
 
 def print_line(text):
-    """`print`, but an InputError if standard output is full; a BrokenPipeError if nobody reads it."""
+    """`print`, with escapes for what standard output's encoding lacks; an InputError if it is full; a BrokenPipeError if
+    nobody reads it."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it exits
         if isinstance(error, BrokenPipeError):

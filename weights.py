@@ -906,13 +906,14 @@ def parameter(array, cfg):
         return tensor.to("Ascend", dtype=dtype)
     if dtype != tensor.dtype:
         return one_at_a_time(tensor.astype)(dtype)
-    tensor.mapping = getattr(array, "_mmap", None)  # of an np.memmap
+    tensor.stored = array.reshape(-1)[:1]  # an np.memmap knows its mapping, and its copy in a pickle has none
     return tensor
 
 
 def release(tree):
     """Give back the memory of parameters that are mapped from files; they stay usable, and are read again when used."""
-    for mapping in {getattr(leaf, "mapping", None) for leaf in flatten(tree).values()} - {None}:
+    stored = (getattr(leaf, "stored", None) for leaf in flatten(tree).values())
+    for mapping in {getattr(array, "_mmap", None) for array in stored} - {None}:
         if hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
 

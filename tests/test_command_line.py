@@ -163,6 +163,21 @@ NAMES = ["x_00001_seed3.wav", "x_00004_seed3.wav", "x_00005_seed4.wav", "x_00006
 FROM_FILE = ["--prompts-file", "p", *TINY, "--seed", "3", "--quiet", "--out", "x.wav"]
 
 
+def test_lines_may_end_as_they_did_on_any_system():
+    pathlib.Path("p").write_bytes(b"drums\rpads\r\rslow \xe2\x80\xa8 piano\r\nbass\n")
+    prompts = musicldm.read_prompts(musicldm.parse_arguments(["--prompts-file", "p"]))
+    assert prompts == {1: "drums", 2: "pads", 4: "slow \u2028 piano", 5: "bass"}
+
+
+def test_standard_output_may_lack_a_files_letters(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert musicldm.main(["--prompt", "a", "--prompt", "b", *TINY, "--out", "\u97f3\u00e9.wav"]) == 0
+    assert files() == ["\u97f3\u00e9_1.wav", "\u97f3\u00e9_2.wav"]
+    lines = stream.buffer.getvalue().decode("cp1252")
+    assert "\\u97f3\u00e9_1.wav  0.32 s" in lines and "\\u97f3\u00e9_2.wav  0.32 s" in lines
+
+
 def test_a_prompts_file_names_files_by_line_and_seed_and_resumes():
     pathlib.Path("p").write_bytes(LINES)
     assert musicldm.main(FROM_FILE) == 0

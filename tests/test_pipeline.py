@@ -342,12 +342,21 @@ def test_two_configurations_share_arrays(params):
     assert not np.allclose(first, changed, atol=0.1)
 
 
+def test_numbers_of_numpy_are_numbers(params):
+    options = {"audio_length_in_s": 0.32, "num_inference_steps": 2, "guidance_scale": 2.5, "loop": True, "seed": 7}
+    kinds = {int: np.int64, float: np.float32, bool: np.bool_}
+    options["audio_length_in_s"] = float(np.float32(0.32))
+    same = {name: kinds[type(value)](value) for name, value in options.items()}
+    assert np.array_equal(musicldm.generate(golden_config(), "a", params, **same, output_type=np.str_("latent")),
+                          musicldm.generate(golden_config(), "a", params, **options, output_type="latent"))
+
+
 ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
 
 
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "prompt is"), (3, {}, "prompt is"), (["a", None], {}, "prompt is"), (b"a", {}, "prompt is"),
-    ("\ud800", {}, "surrogate"),
+    ("\ud800", {}, "surrogate"), ("caf\udcc3\udca9", {}, "not text in this locale, .*; valid: .*LC_ALL=C.UTF-8"),
     ("a", {"step": 3}, "unknown option 'step': did you mean 'eta'|unknown option 'step'"),
     ("a", {"guidence_scale": 3}, "did you mean 'guidance_scale'.*audio_length_in_s.*callback"),
     ("a", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; valid: an integer"),

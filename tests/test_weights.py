@@ -1,9 +1,11 @@
 """Checkpoints as they occur: dtypes, shards, weight norm, damage; and the exact size of the published architecture."""
+import copy
 import json
 import math
 import mmap
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import sys
@@ -398,6 +400,15 @@ def test_checkpoint_config_is_below_overrides_and_above_the_file(checkpoint):
     cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint, ["vae.scaling_factor=1.5e5"])
     assert cfg["vae"]["scaling_factor"] == 150000.0 and cfg["vae"]["layers_per_block"] == 1
     assert cfg["unet"]["block_out_channels"] == [12, 8, 12, 16] and cfg["sampling"]["num_inference_steps"] == 200
+
+
+def test_parameters_can_be_pickled_and_copied(params):
+    copies = pickle.loads(pickle.dumps(params)), copy.deepcopy(params)
+    for tree in copies:
+        weights.release(tree)  # of what is not mapped from a file nothing is released
+        found, wanted = weights.flatten(tree), weights.flatten(params)
+        assert [*found] == [*wanted]
+        assert all(np.array_equal(found[name].asnumpy(), x.asnumpy()) for name, x in wanted.items())
 
 
 def test_a_hub_id_without_huggingface_hub_says_what_to_do(monkeypatch):
