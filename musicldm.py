@@ -896,7 +896,7 @@ def clip_size(cfg, seconds, loop=False):
 
 
 def free_memory(cfg):
-    """Bytes that this process may take where cfg computes; inf on a GPU, and where the system does not say (Linux does).
+    """Bytes that this process may take where cfg computes; inf on a GPU, and where the system does not say.
 
     What it holds counts as free: it is the weights, and MindSpore's pool, which the next call takes again.
     """
@@ -1504,8 +1504,10 @@ def produce(plan, params, quiet):
 
 
 def print_line(text):
-    """`print`, with escapes for what standard output's encoding lacks; an InputError if it is full; a BrokenPipeError if
-    nobody reads it."""
+    """`print`, with escapes for what standard output's encoding lacks.
+
+    Raises InputError if it is full, BrokenPipeError if nobody reads it.
+    """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
