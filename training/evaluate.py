@@ -123,7 +123,7 @@ def share_near(a, b, cosine):
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 def takes(cfg, params, requests, seeds, conditions=None, say=print):
-    """[(request, waveform)] of every request {"prompt", ...} with every seed; conditions: vectors instead of prompts."""
+    """[(request, waveform)] of every request {"prompt", ...} with every seed; conditions are vectors for prompts."""
     made, began = [], time.perf_counter()
     for seed in range(seeds):
         for first in range(0, len(requests), 6):
