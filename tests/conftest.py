@@ -59,6 +59,19 @@ def params():
     return weights.load_params(golden_config())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def training(request, tmp_path_factory):
+    """(folder, process) of test_training.py's runs, which start early, as they take long; None if no test has them."""
+    modules = [item.module for item in request.session.items if {"runs", "corpus"} & {*item.fixturenames}]
+    if not modules:
+        yield None
+        return
+    home = tmp_path_factory.mktemp("training")
+    process = modules[0].start_runs(home)
+    yield home, process
+    process.kill()
+
+
 @pytest.fixture
 def ascend(monkeypatch):
     """What an Ascend gets, on the CPU: the device says it is one. A list of (what was asked of it, with what)."""

@@ -35,12 +35,13 @@ def problem_with(folder, record):
         return f"downbeats is {downbeats!r:.80}; valid: a list of seconds"
     try:
         info = soundfile.info(str(folder / record["audio"]))
-        loudest = max((np.abs(block).max() for block in soundfile.blocks(str(folder / record["audio"]), 2 ** 16)),
-                      default=None)
+        blocks = [np.abs(block).max() for block in soundfile.blocks(str(folder / record["audio"]), 2 ** 16)]
     except (OSError, RuntimeError) as error:  # soundfile's errors are RuntimeErrors
         return f"cannot read {record['audio']}: {one_line(error)}"
-    if loudest is None or not loudest > SILENCE:
-        return f"{record['audio']} is {'empty' if loudest is None else 'silent'}"
+    if not np.isfinite(blocks).all():
+        return f"{record['audio']} holds NaN or Inf"
+    if not blocks or max(blocks) <= SILENCE:
+        return f"{record['audio']} is {'silent' if blocks else 'empty'}"
     if any(not 0 <= beat <= info.duration for beat in downbeats) or downbeats != sorted(set(downbeats)):
         return f"downbeats must rise from 0 to the file's end, {info.duration:.2f} s"
     return None

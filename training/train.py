@@ -675,10 +675,11 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
                 if (name, loss) not in compiled:
                     compiled[name, loss] = make_step(loss, task.networks[name], settings, processes)
                 value, norm = compiled[name, loss](*schedule(settings, step, task.rates[name]), *arrays)
-                values[name] = float(value.asnumpy())
-                if not math.isfinite(values[name]) or not math.isfinite(float(norm.asnumpy())):
-                    raise InputError(f"the loss of {name} is {values[name]} at step {step + 1}; the state saved last "
-                                     "is kept: lower learning_rate or clip, and start anew in another folder")
+                values[name], norm = float(value.asnumpy()), float(norm.asnumpy())
+                if not math.isfinite(values[name] + norm):
+                    raise InputError(f"the loss of {name} is {values[name]:g} and its gradient's norm {norm:g} at step "
+                                     f"{step + 1}; the state saved last is kept: lower learning_rate or clip, and "
+                                     "start anew in another folder")
             history.append(list(values.values()))
             step += 1
             now = time.monotonic()
