@@ -78,12 +78,12 @@ def hub(tmp_path):
 @pytest.fixture
 def run(hub, tmp_path):
     """A function that runs the command line on the hub id in a new process, with one cache for all."""
-    def start(*arguments, **environment):
+    def start(*arguments, hub_id="some/music", **environment):
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "cache"),
                        "HF_HUB_DISABLE_TELEMETRY": "1", "MS_COMPILER_CACHE_ENABLE": "0", **environment}
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         return subprocess.run(
-            [sys.executable, MUSICLDM, "--weights", "some/music", "--prompt", "a", "--seconds", "0.04", "--steps", "1",
+            [sys.executable, MUSICLDM, "--weights", hub_id, "--prompt", "a", "--seconds", "0.04", "--steps", "1",
              "--guidance", "1", "--out", tmp_path / "a.wav", *arguments],
             env={**kept, **environment}, capture_output=True, text=True)
     return start
@@ -140,9 +140,8 @@ def test_a_broken_transfer_is_one_line_and_the_next_run_completes_it(hub, run, t
 
 
 def test_what_is_not_there_is_one_line(hub, run):
-    for arguments, environment in ((("--weights", "no/such"), {}), ((), {"HF_HUB_OFFLINE": "1"}),
-                                   ((), {"HF_ENDPOINT": "http://127.0.0.1:1"})):
-        failed = run("--quiet", *arguments, **environment)
+    for change in ({"hub_id": "no/such"}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
+        failed = run("--quiet", **change)
         assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("musicldm: error: weights: cannot")
         assert not hub.fetched
 
