@@ -866,6 +866,8 @@ def use_device(cfg):
             raise InputError(f"device is {device}, but MindSpore computes on {current}; valid: auto, {current}")
     if device == "Ascend":
         set_up_ascend(cfg["dtype"] == "hf32")
+    elif device == "CPU":  # or the thread that waits for a graph spins, and takes a processor from those that compute
+        os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     return device
 
 

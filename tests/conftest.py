@@ -1,6 +1,9 @@
+import functools
 import json
+import os
 import pathlib
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import mindspore
 import numpy as np
@@ -59,17 +62,31 @@ def params():
     return weights.load_params(golden_config())
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside(functions): see the fixture of this name")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def training(request, tmp_path_factory):
-    """(folder, process) of test_training.py's runs, which start early, as they take long; None if no test has them."""
-    modules = [item.module for item in request.session.items if {"runs", "corpus"} & {*item.fixturenames}]
-    if not modules:
-        yield None
-        return
-    home = tmp_path_factory.mktemp("training")
-    process = modules[0].start_runs(home)
-    yield home, process
-    process.kill()
+def beside(request, tmp_path_factory):
+    """beside(function) -> what function(home) returned: one of those that the session's tests name by @mark.beside.
+
+    They start subprocesses that take long. They run one after the other, in the order of the tests, on half of the
+    processors, while the tests run on the others: MindSpore waits for work by spinning, so two processes on the same
+    processors would slow each other several times.
+    """
+    functions = dict.fromkeys(function for item in request.session.items for mark in item.iter_markers("beside")
+                              for function in mark.args[0])
+    home, place, ours = tmp_path_factory.mktemp("beside"), lambda processors: None, ()
+    theirs = ours
+    if functions and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
+        processors = sorted(os.sched_getaffinity(0))
+        ours, theirs = processors[::2], processors[1::2]
+        place = functools.partial(os.sched_setaffinity, 0)  # the calling thread, and what it starts
+    place(ours)
+    with ThreadPoolExecutor(1, initializer=place, initargs=(theirs,)) as pool:
+        futures = {function: pool.submit(function, home) for function in functions}
+        yield lambda function: futures[function].result()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -34,31 +34,22 @@ def readme_commands():
     return [line.split(" && ")[-1] for block in blocks for line in block.splitlines()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def running(request, tmp_path_factory):
-    """{test: (process, folder)} of the README's commands and one more: they start early, as they take long."""
-    python, found = pathlib.Path(sys.executable), {}
+def in_a_process(line, folder):
+    """A command of the README in a new folder -> (its arguments, what it printed)."""
+    python = pathlib.Path(sys.executable)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     here = {".venv/bin/python": [python], "musicldm.py": [ROOT / "musicldm.py"],
             "msrun": [python.parent / "msrun", "--log_dir", "log", "--master_port", port],
             "tests/golden/checkpoint": [GOLDEN / "checkpoint"]}
-    lines = {"test_readme_main": next(line for line in readme_commands() if "--weights random" in line),
-             "test_msrun": next(line for line in readme_commands() if line.startswith("msrun")),
-             "test_kept": shlex.join([".venv/bin/python", "musicldm.py", *KEPT, "first.wav"])}
-    for test, line in lines.items():
-        if any(item.name.startswith(test) for item in request.session.items):
-            folder = tmp_path_factory.mktemp("run")
-            (folder / "prompts.txt").write_bytes(LINES)
-            command = [str(part) for word in shlex.split(line) for part in here.get(word, [word])]
-            environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"),
-                           "PATH": f"{python.parent}:{os.environ['PATH']}"}  # msrun starts "python" by this name
-            with open(folder / "log.txt", "w") as log:
-                found[test] = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log), folder
-    yield found
-    for process, _ in found.values():
-        process.kill()
+    command = [str(part) for word in shlex.split(line) for part in here.get(word, [word])]
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.txt").write_bytes(LINES)
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
+        **os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": f"{python.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout  # msrun starts "python" by this name
+    return command, done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -234,22 +225,30 @@ def test_a_process_of_msrun_without_a_rank_is_refused(monkeypatch, capsys):
     assert "RANK_ID is not set; valid" in capsys.readouterr().err
 
 
-def test_msrun_writes_the_same_bytes_as_one_process(running):
+def run_on_several(home):
+    in_a_process(next(line for line in readme_commands() if line.startswith("msrun")), home / "msrun")
+    return {path.name: path.read_bytes() for path in (home / "msrun").glob("*.wav")}
+
+
+@pytest.mark.beside([run_on_several])
+def test_msrun_writes_the_same_bytes_as_one_process(beside):
     """As the README runs it."""
-    process, folder = running["test_msrun"]
-    assert process.wait() == 0, (folder / "log.txt").read_text()
-    several = {path.name: path.read_bytes() for path in folder.glob("*.wav")}
+    several = beside(run_on_several)
     pathlib.Path("p").write_bytes(LINES)
     assert len(several) == 5 and musicldm.main(["--prompts-file", "p", *TINY, "--quiet"]) == 0
     assert several == {name: pathlib.Path(name).read_bytes() for name in several}
 
 
-def test_kept_graphs_give_the_same_bytes(running, monkeypatch):
+def keep_graphs(home):
+    for name in ("first.wav", "second.wav"):
+        in_a_process(shlex.join([".venv/bin/python", "musicldm.py", *KEPT, name]), home / "kept")
+    return home / "kept"
+
+
+@pytest.mark.beside([keep_graphs])
+def test_kept_graphs_give_the_same_bytes(beside):
     """Two processes with one cache folder against this process, which keeps no graphs."""
-    process, folder = running["test_kept"]
-    assert process.wait() == 0, (folder / "log.txt").read_text()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    subprocess.run([sys.executable, ROOT / "musicldm.py", *KEPT, folder / "second.wav"], check=True)
+    folder = beside(keep_graphs)
     graphs, = (folder / "cache" / "musicldm").iterdir()
     assert graphs.suffix == "" and list(graphs.rglob("*.mindir"))
     assert musicldm.main([*KEPT, "wanted.wav"]) == 0
@@ -547,12 +546,16 @@ def test_readme_pictures():
         assert picture.size == (400, 4 * 64 + 16)  # 256 frames are widened for the caption
 
 
-def test_readme_main_command(running):
+def run_first_command(home):
+    line = next(line for line in readme_commands() if "--weights random" in line)
+    return (*in_a_process(line, home / "readme"), home / "readme")
+
+
+@pytest.mark.beside([run_first_command])
+def test_readme_main_command(beside):
     """The whole architecture on random weights, as the README's first command runs it."""
-    process, folder = running["test_readme_main"]
-    said, command = folder / "log.txt", process.args
-    assert process.wait() == 0, said.read_text()
-    assert "the weights are random: the result is noise" in said.read_text()
+    command, said, folder = beside(run_first_command)
+    assert "the weights are random: the result is noise" in said
     audio, rate = soundfile.read(folder / command[command.index("--out") + 1])
     assert rate == 16000 and len(audio) == round(float(command[command.index("--seconds") + 1]) * 16000)
     assert 0.01 < audio.std() < 0.9 and np.abs(audio).max() <= 1

@@ -1,4 +1,5 @@
 """What calls share in one process: threads, forks, and the memory of compiled graphs."""
+import functools
 import os
 import pathlib
 import subprocess
@@ -6,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from conftest import golden_config
 
 import musicldm
@@ -14,7 +16,7 @@ import weights
 SHORT = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
 
 
-def in_a_process(script):
+def in_a_process(script, home):
     """What a fresh Python prints that runs a script, in which `params` are loaded."""
     begin = "import os, musicldm, weights\nfrom conftest import golden_config\ncfg = golden_config()\n"
     paths = os.pathsep.join(str(pathlib.Path(module.__file__).parent) for module in (musicldm, sys.modules[__name__]))
@@ -39,19 +41,21 @@ def test_threads_get_the_same_bytes_as_one_after_the_other(params):
 
 CALLING_BACK = """
 import numpy
-options = {"audio_length_in_s": 0.32, "num_inference_steps": 2, "output_type": "latent"}
-latents, inside = numpy.random.default_rng(0).standard_normal((1, 8, 9, 4)).astype(numpy.float32), []
-wanted, mel = musicldm.generate(cfg, "a", params, **options), musicldm.decode_latents(cfg, params, latents)
-musicldm.SIZES = 1
-musicldm.make_room(cfg, "unet", "another size")  # forgets the graph of mel, so that it compiles within the callback
-result = musicldm.generate(cfg, "a", params, **options, callback=lambda *_: inside.append(
+latents, options = numpy.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(numpy.float32), %r
+musicldm.SIZES, inside = 1, []  # so that the callback forgets the graph that runs
+result = musicldm.generate(cfg, "a", params, **options, output_type="latent", callback=lambda *_: inside.append(
     musicldm.decode_latents(cfg, params, latents)))
-print(numpy.array_equal(result, wanted), numpy.array_equal(inside, [mel, mel]))
-"""
+print(result.tobytes().hex(), *(mel.tobytes().hex() for mel in inside))
+""" % SHORT
+call_back = functools.partial(in_a_process, CALLING_BACK)
 
 
-def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs():
-    assert in_a_process(CALLING_BACK) == ["True True"]
+@pytest.mark.beside([call_back])
+def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params, beside):
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    wanted = musicldm.generate(golden_config(), "a", params, **SHORT, output_type="latent").tobytes().hex()
+    mel = musicldm.decode_latents(golden_config(), params, latents).tobytes().hex()
+    assert beside(call_back)[0].split() == [wanted, mel, mel]
 
 
 FORKED = """
@@ -69,8 +73,12 @@ child()
 """
 
 
-def test_a_fork_computes_if_its_parent_has_not_and_is_refused_otherwise(params):
-    before, parent, after = in_a_process(FORKED)
+fork = functools.partial(in_a_process, FORKED)
+
+
+@pytest.mark.beside([fork])
+def test_a_fork_computes_if_its_parent_has_not_and_is_refused_otherwise(params, beside):
+    before, parent, after = beside(fork)
     assert before == parent == musicldm.encode_prompt(golden_config(), params, "a").tobytes().hex()
     assert after.startswith("this process was forked from one that had computed with MindSpore; valid: to fork before")
 
@@ -87,7 +95,11 @@ print(peaks[-1] - peaks[1])
 """
 
 
-def test_memory_does_not_grow_with_the_number_of_lengths():
+take_many_sizes = functools.partial(in_a_process, MANY_SIZES)
+
+
+@pytest.mark.beside([take_many_sizes])
+def test_memory_does_not_grow_with_the_number_of_lengths(beside):
     """A size of this VAE takes 27 MB of graphs, of which some are oneDNN's to keep, up to a number."""
-    first, again, megabytes = in_a_process(MANY_SIZES)
+    first, again, megabytes = beside(take_many_sizes)
     assert first == again and float(megabytes) < 6 * 27 / 2

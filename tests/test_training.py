@@ -247,51 +247,58 @@ def readme_commands(start, folder):
             for line in text.splitlines() if line.startswith(f"python {start}")]
 
 
-def start_runs(home):
-    """All four stages as training/README.md runs them, but tiny and short, in a process that conftest.py starts."""
+def run(command, **options):
+    """What a command printed that ends well."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return done.stdout
+
+
+def stage_command(arguments, home):
+    """A command of training/README.md, but tiny and short."""
+    arguments = [str(home / "tiny.yaml") if part.endswith(".yaml") else part for part in arguments]
+    sets = [part for text in overrides(arguments[0]) for part in ("--set", text)]
+    return [sys.executable, train.__file__, *arguments, "--data", str(home / "corpus"), "--steps",
+            str(STEPS[arguments[0]]), "--seed", "4", *sets]
+
+
+def run_all_stages(home):
+    """{stage: (folder, losses)} of training/README.md's commands."""
     write_corpus(home / "corpus")
     (home / "tiny.yaml").write_text(ARCHITECTURE)
-    commands = []
     for arguments in readme_commands("training/train.py", home):
-        stage = arguments[0]
-        arguments = [str(home / "tiny.yaml") if part.endswith(".yaml") else part for part in arguments]
-        sets = [part for text in overrides(stage) for part in ("--set", text)]
-        commands.append(shlex.join([sys.executable, train.__file__, *arguments, "--data", str(home / "corpus"),
-                                    "--steps", str(STEPS[stage]), "--seed", "4", *sets]))
-    with open(home / "log.txt", "w") as log:
-        return subprocess.Popen(["sh", "-c", " && ".join(commands)], stdout=log, stderr=log)
-
-
-@pytest.fixture(scope="session")
-def corpus(training):
-    return training[0] / "corpus"
-
-
-@pytest.fixture(scope="session")
-def tiny_config(training):
-    return training[0] / "tiny.yaml"
-
-
-@pytest.fixture(scope="session")
-def runs(training):
-    """{stage: (folder, losses)} of `start_runs`."""
-    home, process = training
-    assert process.wait() == 0, (home / "log.txt").read_text()
+        run(stage_command(arguments, home))
     return {stage: (home / "runs" / stage, safetensors.numpy.load_file(
         home / "runs" / stage / "state.safetensors")["losses"]) for stage in STEPS}
 
 
+with_runs = pytest.mark.beside([run_all_stages])
+
+
+@pytest.fixture
+def runs(beside):
+    return beside(run_all_stages)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus")
+
+
+@with_runs
 @pytest.mark.parametrize("stage", ["clap", "vae", "vocoder", "unet"])
 def test_every_stage_learns(stage, runs):
     history = runs[stage][1][:50 if stage == "vocoder" else None, 0]
     assert len(history) and np.mean(history[-10:]) < np.mean(history[:5]) / 2
 
 
+@with_runs
 def test_the_discriminators_learn_when_their_time_has_come(runs):
     _, history = runs["vocoder"]
     assert np.all(history[:50, 1] == 0) and np.all(history[50:, 1] > 0)
 
 
+@with_runs
 def test_what_was_trained_plays(runs, tmp_path):
     out, ((*arguments,),) = tmp_path / "a.wav", readme_commands("musicldm.py", runs["unet"][0].parents[1])
     assert musicldm.main([*arguments, "--seconds", "1.28", "--steps", "5", "--out", str(out), "--quiet"]) == 0
@@ -299,6 +306,7 @@ def test_what_was_trained_plays(runs, tmp_path):
     assert (len(audio), rate) == (20480, 16000) and audio.std() > 1e-3
 
 
+@with_runs
 def test_stages_leave_the_others_as_they_were(runs):
     loaded = {stage: weights.load_params(musicldm.load_config(weights=str(folder / "checkpoint")))
               for stage, (folder, _) in runs.items()}
@@ -309,12 +317,14 @@ def test_stages_leave_the_others_as_they_were(runs):
             assert same == (name != model)
 
 
+@with_runs
 def test_scaling_factor_makes_unit_latents(runs, corpus):
     cfg = musicldm.load_config(weights=str(runs["vae"][0] / "checkpoint"))
     audio = np.stack([soundfile.read(path)[0] for path in sorted(corpus.glob("*.wav"))])
     assert musicldm.encode_latents(cfg, weights.load_params(cfg), audio).std() == pytest.approx(1, rel=0.1)
 
 
+@with_runs
 def test_conditions_and_mixes(runs, corpus):
     with np.load(runs["unet"][0] / "examples.npz") as file:
         ends, captions, vectors = file["ends"], file["caption_ends"], file["vectors"]
@@ -324,17 +334,15 @@ def test_conditions_and_mixes(runs, corpus):
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_a_run_is_its_seed_and_goes_on_after_ctrl_c_and_a_kill(runs, corpus, tmp_path):
-    """Two runs of ten steps, one of them stopped, gone on with, killed and gone on with: equal to the byte."""
-    command = [sys.executable, train.__file__, "clap", "--data", str(corpus), "--weights",
-               str(runs["clap"][0] / "checkpoint"), "--steps", "10", "--seed", "3"]
-    for setting in overrides("clap", save_minutes=0.0, report_steps=1):
-        command += ["--set", setting]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+def stop_and_go_on(home):
+    """The folder of the first stage's run once more, but stopped, gone on with, killed and gone on with."""
+    arguments, *_ = readme_commands("training/train.py", home)
+    command = stage_command(arguments, home) + ["--set", "save_minutes=0.0", "--set", "report_steps=1"]
+    out = command.index("--out") + 1
+    command[out] = broken = f"{command[out]}-stopped"
 
     def signalled(step, number):
-        process = subprocess.Popen([*command, "--out", str(broken)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith(f"step {step}/"):
                 process.send_signal(number)
@@ -342,10 +350,15 @@ def test_a_run_is_its_seed_and_goes_on_after_ctrl_c_and_a_kill(runs, corpus, tmp
         process.stdout.read()
         return process.wait()
 
-    assert signalled(3, signal.SIGINT) == 130 and (broken / "checkpoint" / "vae").is_dir()
+    assert signalled(3, signal.SIGINT) == 130 and (pathlib.Path(broken) / "checkpoint" / "vae").is_dir()
     assert signalled(7, signal.SIGKILL) == -signal.SIGKILL
-    ended = subprocess.run([*command, "--out", str(broken)], check=True, capture_output=True, text=True)
-    assert re.search("goes on from step [67]$", ended.stdout, re.MULTILINE)
+    assert re.search("goes on from step [67]$", run(command), re.MULTILINE)
+    return pathlib.Path(broken)
+
+
+@pytest.mark.beside([run_all_stages, stop_and_go_on])
+def test_a_run_is_its_seed_and_goes_on_after_ctrl_c_and_a_kill(runs, beside):
+    (whole, _), broken = runs["clap"], beside(stop_and_go_on)
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     assert "state.safetensors" in map(str, files) and len(files) > 10
     assert files == [path.relative_to(broken) for path in sorted(broken.rglob("*")) if path.is_file()]
@@ -353,20 +366,30 @@ def test_a_run_is_its_seed_and_goes_on_after_ctrl_c_and_a_kill(runs, corpus, tmp
         assert (whole / path).read_bytes() == (broken / path).read_bytes(), path
 
 
+def step_as_one_and_two(home):
+    """{stage: the states after a step of one process and of two}."""
+    stages, msrun, commands = ("clap", "vocoder"), pathlib.Path(sys.executable).with_name("msrun"), []
+    states, on_two = {stage: [] for stage in stages}, [str(msrun), "--worker_num", "2", "--local_worker_num", "2",
+                                                       "--join", "True", "--log_dir", str(home / "logs"),
+                                                       "--master_port", "8199"]
+    for launch, folder in (([sys.executable], home / "as-one"), (on_two, home / "as-two")):
+        arguments = [[stage, "--data", str(home / "corpus"), "--weights", str(home / "runs" / "unet" / "checkpoint"),
+                      "--out", str(folder / stage), "--steps", "1",
+                      *(part for text in overrides(stage) for part in ("--set", text))] for stage in stages]
+        folder.mkdir()
+        (folder / "steps.py").write_text(f"import sys, train\nsys.exit(max(map(train.main, {arguments})))\n")
+        run([*launch, str(folder / "steps.py")], env={  # msrun starts the PATH's python
+            **os.environ, "PATH": f"{msrun.parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(str(pathlib.Path(module.__file__).parent) for module in (train, musicldm))})
+        for stage in stages:
+            states[stage].append(safetensors.numpy.load_file(folder / stage / "state.safetensors"))
+    return states
+
+
+@pytest.mark.beside([run_all_stages, step_as_one_and_two])
 @pytest.mark.parametrize("stage", ["clap", "vocoder"])
-def test_two_processes_take_the_step_of_one(stage, runs, corpus, tmp_path):
-    start = runs["unet"][0] / "checkpoint"
-    command = [train.__file__, stage, "--data", str(corpus), "--weights", str(start), "--steps", "1"]
-    for setting in overrides(stage):
-        command += ["--set", setting]
-    subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], check=True, capture_output=True)
-    msrun = pathlib.Path(sys.executable).with_name("msrun")
-    done = subprocess.run([str(msrun), "--worker_num", "2", "--local_worker_num", "2", "--join", "True", "--log_dir",
-                           str(tmp_path / "logs"), "--master_port", "8199", *command, "--out", str(tmp_path / "two")],
-                          capture_output=True, text=True, timeout=200,  # msrun starts the PATH's python
-                          env={**os.environ, "PATH": f"{msrun.parent}{os.pathsep}{os.environ['PATH']}"})
-    assert done.returncode == 0, done.stdout[-2000:]
-    one, two = (safetensors.numpy.load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+def test_two_processes_take_the_step_of_one(stage, beside):
+    one, two = beside(step_as_one_and_two)[stage]
     for name in one:
         error = np.abs(one[name] - two[name])
         if name.endswith(("weights", "average")):  # AdamW's first step is the gradient's sign: not where it is rounding
@@ -431,28 +454,28 @@ def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, mon
     assert error.count("\n") == 1 and message in error and not (tmp_path / "run" / "state.safetensors").exists()
 
 
-def test_another_run_is_not_gone_on_with(runs, corpus, tmp_path, tiny_config):
+@with_runs
+def test_another_run_is_not_gone_on_with(runs, corpus):
     folder = runs["vae"][0]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     start = str(runs["clap"][0] / "checkpoint")
     for change, message in (
             (dict(seed=5), "its seed is 4"), (dict(overrides=overrides("vae", batch=2)), "its settings"),
             (dict(weights=str(GOLDEN / "checkpoint")), "its weights"), (dict(stage="unet"), "its stage")):
-        arguments = dict(stage="vae", data_folder=corpus, out=folder, weights=start, config=tiny_config,
+        arguments = dict(stage="vae", data_folder=corpus, out=folder, weights=start,
+                         config=folder.parents[1] / "tiny.yaml",
                          overrides=overrides("vae"), steps=1, seed=4)
         with pytest.raises(InputError, match=message):
             train.train(**{**arguments, **change})
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@with_runs
 def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path, monkeypatch):
-    def go_on(steps):
-        train.train("clap", corpus, tmp_path / "run", str(runs["clap"][0] / "checkpoint"), overrides=overrides("clap"),
-                    steps=steps, say=lambda text: None)
-
-    go_on(1)
-    before, inputs = (tmp_path / "run" / "state.safetensors").read_bytes(), train.clap_inputs
+    out = shutil.copytree(runs["clap"][0], tmp_path / "run")
+    before, inputs = (out / "state.safetensors").read_bytes(), train.clap_inputs
     monkeypatch.setattr(train, "clap_inputs", lambda *given: inputs(*given) * np.float32(np.nan))
-    with pytest.raises(InputError, match="the loss of text_encoder is .* norm nan at step 2; .*: lower learning_rate"):
-        go_on(3)
-    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
+    with pytest.raises(InputError, match="the loss of text_encoder is .* norm nan at step 81; .*: lower learning_rate"):
+        train.train("clap", corpus, out, "random", runs["clap"][0].parents[1] / "tiny.yaml", overrides("clap"), STEPS["clap"] + 3, 4,
+                    say=lambda text: None)
+    assert (out / "state.safetensors").read_bytes() == before
