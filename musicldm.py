@@ -46,15 +46,18 @@ from weights import InputError, byte_characters, load_vocabulary, one_at_a_time,
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
            "sampling.output_type": ("np", "mel", "latent")}
+OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
-          "sampling.audio_prompt_weight": (0, 1)}
+          "sampling.audio_prompt_weight": (0, 1), "sampling.strength": (0.001, 1)}
+FADE = 0.02  # seconds of a crossfade between what is kept and what is made anew
 FORMATS = (".wav", ".flac", ".ogg")
 KEPT = 16  # settings whose compiled graphs the command line keeps on disk
 COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
 # options of generate() that a config file cannot hold
-ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback")
+ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt", "init_audio", "latents", "noise",
+                        "callback")
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -82,11 +85,17 @@ def fits(value, like):
 def checked_value(name, value, default):
     """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
     value = value.item() if isinstance(value, np.generic) else value
+    if value is None and name in OPTIONAL:
+        return None
+    default = OPTIONAL.get(name, default)
     if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.)?\d+e[-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-5 and 1.5e5 as text
     if name == "sampling.negative_prompt":
         valid = "null, a text, or a list of texts, one a prompt"
         ok = value is None or fits(value, "") or fits(value, [""])
+    elif name == "sampling.repaint":
+        valid = "a list of parts, each [start, end] in seconds"
+        ok = not value or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
     elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
@@ -456,14 +465,17 @@ def hifigan(mel, p, cfg):
 #   x is unit normal noise, of any array type; it is not changed
 #   timesteps are scheduler_timesteps'; alphas[t] is the share of signal at timestep t, alphas_cumprod's
 #   final_alpha is that share after the last step; noise is an iterator of unit normal arrays like x
+#   steps is how many the schedule was cut into, where timesteps are only the last of them
 
-def scheduler_timesteps(scheduler, steps, schedule):
+def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
 
-    There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice.
+    There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice. A
+    strength below 1 leaves the last int(steps * strength) steps (diffusers' image-to-image pipelines).
     """
     count = steps + 1 if scheduler == "dpm" else steps  # dpm spaces one more and leaves out the last
     timesteps = np.arange(count)[::-1][:steps] * (schedule["num_train_timesteps"] // count) + schedule["steps_offset"]
+    timesteps = timesteps[steps - int(steps * strength):]
     if scheduler == "pndm":
         return np.concatenate([timesteps[:2], timesteps[1:]])
     return np.repeat(timesteps, 2)[1:] if scheduler == "heun" else timesteps
@@ -498,9 +510,9 @@ def ddim_step(x, eps, alpha, previous, sigma=0.0):
     return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
 
 
-def ddim(eps_fn, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None):
+def ddim(eps_fn, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None, steps=None):
     """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
-    step = len(alphas) // len(timesteps)
+    step = len(alphas) // (steps or len(timesteps))
     for t in timesteps:
         alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
@@ -518,12 +530,12 @@ def multistep_weights(nodes, end):
     return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
 
 
-def pndm(eps_fn, x, timesteps, alphas, *, final_alpha):
+def pndm(eps_fn, x, timesteps, alphas, *, final_alpha, steps=None):
     """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
 
     The first step is taken twice: the second time with the mean of the noise at both of its ends.
     """
-    step, start, history = len(alphas) // max(1, len(timesteps) - 1), x, ()
+    step, start, history = len(alphas) // (steps or max(1, len(timesteps) - 1)), x, ()
     for i, t in enumerate(timesteps):
         eps = eps_fn(x, int(t))
         if i == 1:
@@ -603,13 +615,27 @@ SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, 
               "euler_ancestral": euler_ancestral}
 
 
-def sampler(scheduler, schedule, eta, noise):
+def sampler(scheduler, schedule, eta, noise, steps=None):
     """The scheduler as a function of (eps_fn, x, timesteps), with what it takes of eta, noise and the schedule."""
     alphas = alphas_cumprod(schedule)
-    final_alpha = 1.0 if schedule["set_alpha_to_one"] else alphas[0]
-    needs = {"ddim": {"final_alpha": final_alpha, "eta": eta, "noise": noise}, "pndm": {"final_alpha": final_alpha},
-             "euler_ancestral": {"noise": noise}}
+    ends = {"final_alpha": 1.0 if schedule["set_alpha_to_one"] else alphas[0], "steps": steps}
+    needs = {"ddim": {**ends, "eta": eta, "noise": noise}, "pndm": ends, "euler_ancestral": {"noise": noise}}
     return functools.partial(SCHEDULERS[scheduler], alphas=alphas, **needs.get(scheduler, {}))
+
+
+def add_noise(x, noise, alpha):
+    """x (...) with the share `alpha` of signal, the rest unit normal noise (Ho et al., 2020, equation 4)."""
+    return alpha ** 0.5 * x + (1 - alpha) ** 0.5 * noise
+
+
+def keeping(eps_fn, known, kept, alphas):
+    """eps_fn for repainting (Lugmayr et al., 2022, arXiv 2201.09865): where `kept` is 1, not 0, it predicts what leads
+    back to the latents `known`. So every scheduler puts them back after each step, at its own level of noise."""
+    def eps(x, t):
+        alpha = float(alphas[t])
+        return kept * (x - alpha ** 0.5 * known) / (1 - alpha) ** 0.5 + (1 - kept) * eps_fn(x, t)
+
+    return eps
 
 
 # ------------------------------------------------------------------------------------------------------ audio features
@@ -785,27 +811,30 @@ def score(cfg, params, prompts, audio, sampling_rate=16000):
     return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
 
 
-def read_audio(cfg, audio):
+def read_audio(cfg, audio, name="audio_prompt", seconds=None):
     """(mono waveform (samples,), rate in Hz): of a file, of what soundfile.read returns, or of a generated waveform.
 
     audio: a path; (waveform, rate), the waveform (samples,) or (samples, channels); or a waveform at the vocoder's rate
+    name: of the option, for messages
+    seconds: how much of a file is read; None for what CLAP hears
     """
     if isinstance(audio, (str, os.PathLike)):
         try:
             with soundfile.SoundFile(audio) as file:
-                audio = file.read(heard_samples(cfg, file.samplerate)), file.samplerate
+                rate = file.samplerate
+                audio = file.read(seconds * rate if seconds else heard_samples(cfg, rate)), rate
         except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
-            raise InputError(f"audio_prompt: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
+            raise InputError(f"{name}: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
                              "soundfile reads, such as wav, flac, ogg or mp3") from None
     waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
         if waveform.shape[1] > max(1, len(waveform)):
-            raise InputError(f"audio_prompt has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
+            raise InputError(f"{name} has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
         waveform = waveform.mean(axis=1)
     try:
         return checked_audio([waveform], rate)[0], rate
     except InputError as error:
-        raise InputError(f"audio_prompt: {error}") from None
+        raise InputError(f"{name}: {error}") from None
 
 
 @one_at_a_time
@@ -878,6 +907,14 @@ def vocode(cfg, params, mel, loop=False, window=1024):
         waveforms.append(np.concatenate(parts))
     audio = finite(np.stack(waveforms), "the audio")
     return audio[:, reach * hop:reach * hop + samples] if loop else audio
+
+
+def own_length(cfg):
+    """The seconds that a checkpoint was trained on: of its UNet's sample_size rows of latents."""
+    hop, factor = math.prod(cfg["vocoder"]["upsample_rates"]), 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    if cfg["unet"]["sample_size"] is None:
+        raise InputError("unet/config.json states no sample_size; valid: sampling.audio_length_in_s (--seconds)")
+    return cfg["unet"]["sample_size"] * factor * hop / cfg["vocoder"]["sampling_rate"]
 
 
 def clip_size(cfg, seconds, loop=False):
@@ -1034,6 +1071,66 @@ def checked_options(cfg, options, n):
     return sampling
 
 
+def read_init_audio(cfg, audio, sampling):
+    """(waveform np.float32 (samples,) at the vocoder's rate, or None if `audio` is; sampling without open ends).
+
+    audio: as in `generate`; cut, or filled with silence, to audio_length_in_s
+    In the returned sampling, strength is a number, and so is audio_length_in_s: the length of what is computed at once.
+    """
+    length, repaint, extend = (sampling[name] for name in ("audio_length_in_s", "repaint", "extend"))
+    if audio is None:
+        for name in ("strength", "repaint", "extend"):
+            if sampling[name]:
+                raise InputError(f"{name} stands without init_audio; valid: both")
+        return None, {**sampling, "audio_length_in_s": own_length(cfg) if length is None else length, "strength": 1.0}
+    rate, longest = cfg["vocoder"]["sampling_rate"], RANGES["sampling.audio_length_in_s"][1]
+    waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
+    if not waveform.any():
+        raise InputError("init_audio is silent; valid: music")
+    waveform = resample(waveform, own_rate, rate).astype(np.float32)
+    length = checked_value("sampling.audio_length_in_s", len(waveform) / rate if length is None else length, None)
+    strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
+    if int(sampling["num_inference_steps"] * strength) == 0:
+        raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
+                         "steps, or more strength")
+    if extend:
+        for name, apart in (("repaint", not repaint), ("loop", not sampling["loop"]), ("strength", strength == 1),
+                            ("output_type", sampling["output_type"] == "np")):
+            if not apart:
+                raise InputError(f"{name} {shown(sampling[name])} stands beside extend; valid: one or the other")
+        if length + abs(extend) > longest:
+            raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
+    samples, _ = clip_size(cfg, length, sampling["loop"])
+    made_anew(samples, rate, repaint, sampling["loop"])
+    waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+    return waveform, {**sampling, "audio_length_in_s": own_length(cfg) if extend else length, "strength": strength}
+
+
+def made_anew(samples, rate, parts, loop):
+    """The share of new music in each sample, np.float32 (samples,): 0 outside the parts, up to 1 inside.
+
+    parts: [start, end] in seconds; none is the whole. In a loop, one whose end comes first goes on over the seam.
+    A fade is FADE seconds long; there is none at the ends of a clip.
+    """
+    if not parts:
+        return np.ones(samples, np.float32)
+    share, ramp = np.zeros(samples, np.float32), round(FADE * rate)
+    for start, end in parts:
+        first, last = round(start * rate), round(end * rate)
+        if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
+            raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
+                             f"{samples / rate:g} s, the start first")
+        place = np.arange(first, last if last > first else last + samples)
+        up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
+        down = np.ones(len(place)) if last == samples and not loop else (np.arange(len(place)) + 1)[::-1] / (ramp + 1)
+        if share[place % samples].any():
+            raise InputError(f"repaint has the part {start:g}:{end:g}, which overlaps another; valid: parts apart")
+        share[place % samples] = np.minimum(np.minimum(up, down), 1)
+    if share.all():
+        raise InputError("repaint is the whole of init_audio; valid: a part of it, or strength 1 without repaint")
+    return share
+
+
 def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
@@ -1098,11 +1195,13 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
 
 
 @one_at_a_time
-def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
+def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, kept=None):
     """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
 
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
     noise, sampling, callback: as in `generate`, noise as an iterator
+    known (n or 1, 8, h, w): latents to start from, as far as sampling["strength"] leaves them and where `kept`, bool
+        (h,), says so to come back to
     Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
@@ -1117,11 +1216,19 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
         timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
         return guided_noise(x, timestep, embeds, scale, p, unet_cfg, loop)
 
-    timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])
+    steps, strength = sampling["num_inference_steps"], sampling["strength"]
+    timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
+    predict, alphas = eps_fn, alphas_cumprod(cfg["schedule"])
+    if known is not None:
+        kept = kept[:, None]
+        x = np.where(kept | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
+        if kept.any():
+            known = to_tensor(cfg, known.transpose(0, 2, 3, 1))
+            predict = keeping(eps_fn, known, to_tensor(cfg, kept[:, None]), alphas)
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
-    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise)
+    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
     on_cpu = checkpoints.use_device(cfg) == "CPU"
-    for i, x in enumerate(sample(eps_fn, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
+    for i, x in enumerate(sample(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
         called = callback is not None and i % sampling["callback_steps"] == 0
         if called or on_cpu or i == len(timesteps) - 1:
             latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
@@ -1132,6 +1239,55 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None):
 
 
 @one_at_a_time
+def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None):
+    """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
+
+    x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
+    original (n or 1, samples): music to start from, which stays but for the parts that are to be made anew
+    """
+    samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    known = kept = None
+    if original is not None:
+        share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
+        known = encode_latents(cfg, params, np.atleast_2d(original), cfg["vocoder"]["sampling_rate"])
+        a_row = math.prod(cfg["vocoder"]["upsample_rates"]) * 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+        kept = np.pad(share, (0, size[1] * a_row - samples), mode="edge").reshape(-1, a_row).max(axis=1) == 0
+    latents = denoise(cfg, params, x, embeds, noise, sampling, callback, known, kept)
+    if sampling["output_type"] == "latent":
+        return latents
+    mel = decode_latents(cfg, params, latents, sampling["loop"])
+    if sampling["output_type"] == "mel":
+        return mel
+    audio = vocode(cfg, params, mel, sampling["loop"])[:, :samples]
+    return audio if original is None else share * audio + (1 - share) * original
+
+
+def extended(cfg, audio, seconds, make):
+    """Waveforms (n, samples) with seconds of music after their end, or before their start if they are below 0.
+
+    make(i, known, part): the i-th window, of the checkpoint's own length, from known (n, its samples) but for the part
+        [start, end] in seconds. What is known is half a window at most, but for the fade at its end.
+    """
+    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
+    ahead = slice(None, None, 1 if seconds > 0 else -1)  # below 0 all is done backwards
+    audio, wanted = audio[:, ahead], audio.shape[1] + round(abs(seconds) * rate)
+    for i in range(window_count(cfg, audio.shape[1], seconds)):
+        context = min(audio.shape[1], window // 2)
+        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, ahead]
+        start = context / rate - FADE
+        made = make(i, known, [start, window / rate] if seconds > 0 else [0, window / rate - start])
+        audio = np.concatenate((audio[:, :-context], made[:, ahead]), axis=1)
+    return audio[:, :wanted][:, ahead]
+
+
+def window_count(cfg, samples, seconds):
+    """How many windows `extended` takes for audio of so many samples."""
+    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
+    more = round(abs(seconds) * rate) - (window - min(samples, window // 2))  # after the first of them
+    return 1 + max(0, math.ceil(more / (window - window // 2)))
+
+
+@one_at_a_time
 def generate(cfg, prompt=None, params=None, **options):
     """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
@@ -1139,6 +1295,8 @@ def generate(cfg, prompt=None, params=None, **options):
     options: any key of cfg["sampling"], for this call, where `seed` may also be a list of one a waveform, and
         prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
         audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
+        init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
+            parts; with `extend` the same and more of it
         latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
         noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
         callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
@@ -1169,14 +1327,17 @@ def generate(cfg, prompt=None, params=None, **options):
         negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
-    guided, loop, takes = sampling["guidance_scale"] > 1, sampling["loop"], sampling["num_waveforms_per_prompt"]
-    samples, size = clip_size(cfg, sampling["audio_length_in_s"], loop)
-    steps, shape = sampling["num_inference_steps"], (n * takes, *size)
+    original, sampling = read_init_audio(cfg, options.get("init_audio"), sampling)
+    guided, takes, steps, extend = (sampling[name] for name in (
+        "guidance_scale", "num_waveforms_per_prompt", "num_inference_steps", "extend"))
+    guided, (_, size) = guided > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    shape = (n * takes, *size)
     check_memory(cfg, shape, guided)
+    if extend and not (x is None and noise is None):
+        raise InputError("latents or noise stand beside extend; valid: a seed")
     seeds = take_seeds(sampling["seed"], conditions, takes)
-    x = standard_normal(seeds, 0, size) if x is None else checked_array("latents", x, shape)
-    noise = (standard_normal(seeds, i + 1, size) for i in range(steps)) if noise is None else iter(
-        checked_array("noise", noise, (steps, *shape)))
+    x = None if x is None else checked_array("latents", x, shape)
+    noise = None if noise is None else checked_array("noise", noise, (steps, *shape))
     if params is None:
         params = checkpoints.load_params(cfg)
 
@@ -1187,13 +1348,24 @@ def generate(cfg, prompt=None, params=None, **options):
         negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
                                         [negative or ""] * n)
     embeds = np.concatenate((negative_embeds, prompt_embeds)) if guided else prompt_embeds
-    latents = denoise(cfg, params, x, np.repeat(embeds, takes, axis=0), noise, sampling, callback)
-    if sampling["output_type"] == "latent":
-        return latents
-    result = decode_latents(cfg, params, latents, loop)
-    if sampling["output_type"] == "np":
-        result = vocode(cfg, params, result, loop)[:, :samples]
-    if sampling["output_type"] == "mel" or takes == 1:
+    embeds = np.repeat(embeds, takes, axis=0)
+
+    def draw(window):
+        first = window * (steps + 1)
+        return standard_normal(seeds, first, size), (standard_normal(seeds, first + i + 1, size) for i in range(steps))
+
+    def make(window, known, part):
+        done = window * len(scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"]))
+        counted = callback and (lambda step, *more: callback(done + step, *more))
+        return render(cfg, params, *draw(window), embeds, {**sampling, "repaint": [part]}, counted, known)
+
+    if extend:
+        result = extended(cfg, np.repeat(original[None], n * takes, axis=0), extend, make)
+    else:
+        drawn = draw(0)
+        result = render(cfg, params, drawn[0] if x is None else x, drawn[1] if noise is None else iter(noise), embeds,
+                        sampling, callback, original)
+    if sampling["output_type"] != "np" or takes == 1:
         return result
     return result[rank(cfg, params, prompt_embeds, result)[0]]
 
@@ -1313,6 +1485,11 @@ def parse_arguments(argv):
             raise argparse.ArgumentTypeError(f"{shown(text)}; valid: 1 to 9999")
         return int(text)
 
+    def part(text):
+        if not re.fullmatch(r"\d+(\.\d+)?:\d+(\.\d+)?", text):
+            raise argparse.ArgumentTypeError(f"{shown(text)}; valid: seconds, such as 4:8 or 2.5:3")
+        return [float(number) for number in text.split(":")]
+
     def as_meant(text):
         """The number that a text is to people, or itself; YAML 1.1 reads 010 as 8, 1:30 as 90 and no as false."""
         with contextlib.suppress(ValueError):
@@ -1329,11 +1506,15 @@ def parse_arguments(argv):
     parser.add_argument("--negative-prompt", action="append", metavar="TEXT",
                         help="what to steer away from; repeated, one for each prompt")
     parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts")
+    parser.add_argument("--init-audio", metavar="FILE", help="music to start from")
+    parser.add_argument("--repaint", type=part, action="append", default=[], metavar="START:END",
+                        help="seconds of it to make anew; may be repeated")
     parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
     shortcuts = {"--seconds": "sampling.audio_length_in_s", "--steps": "sampling.num_inference_steps",
                  "--guidance": "sampling.guidance_scale", "--scheduler": "sampling.scheduler", "--eta": "sampling.eta",
                  "--seed": "sampling.seed", "--waveforms": "sampling.num_waveforms_per_prompt",
-                 "--audio-prompt-weight": "sampling.audio_prompt_weight", "--device": "device", "--dtype": "dtype"}
+                 "--audio-prompt-weight": "sampling.audio_prompt_weight", "--strength": "sampling.strength",
+                 "--extend": "sampling.extend", "--device": "device", "--dtype": "dtype"}
     for flag, key in shortcuts.items():
         parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
                             type=lambda value, key=key: f"{key}={json.dumps(as_meant(value))}")
@@ -1348,11 +1529,13 @@ def parse_arguments(argv):
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once")
     parser.add_argument("--resume", action="store_true", help="skip what is written already")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
-    args, repeated = parser.parse_args(argv), ("--prompt", "--negative-prompt", "--set", "--resume", "--quiet")
+    args, repeated = parser.parse_args(argv), ("--prompt", "--negative-prompt", "--repaint", "--set",
+                                               "--resume", "--quiet")
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for name, times in collections.Counter(given + [text.partition("=")[0].strip() for text in args.set]).items():
         if times > 1 and name not in repeated:
             raise InputError(f"{name} is given {times} times; valid: once")
+    args.set += [f"sampling.repaint={args.repaint}"] if args.repaint else []
     return args
 
 
@@ -1417,7 +1600,10 @@ def planned(args):
         raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; "
                          "valid: twice and 1")
     audio_prompt = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
+    original, sampling = read_init_audio(cfg, args.init_audio, sampling)
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    if sampling["extend"]:
+        samples = len(original) + round(abs(sampling["extend"]) * cfg["vocoder"]["sampling_rate"])
     seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
     if args.prompts_file:
         names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), seeds)]
@@ -1442,7 +1628,8 @@ def planned(args):
     missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
                        if not (args.resume and path.exists())] for group in groups}
     return types.SimpleNamespace(
-        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), audio_prompt=audio_prompt, seeds=seeds,
+        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), audio_prompt=audio_prompt, original=original,
+        seeds=seeds,
         paths=paths, pictures=pictures, missing={group: files for group, files in missing.items() if files},
         samples=samples, size=size, guided=guided, batch=args.batch, interpolated=args.interpolate,
         named_by_seed=args.prompts_file is not None,
@@ -1460,7 +1647,8 @@ def what_graphs_follow_from(plan):
         lengths = [padded_length(cfg, int(mask.sum())) for mask in tokenize(cfg, texts)[1]]
     return ({**cfg, "device": checkpoints.use_device(cfg), "weights": None, "sampling": None}, plan.size, plan.batch,
             sampling["scheduler"], sampling["loop"], plan.guided, sampling["num_waveforms_per_prompt"],
-            plan.audio_prompt is None, plan.prompted, plan.interpolated, list(map(len, plan.missing)), lengths)
+            plan.audio_prompt is None, plan.original is None, plan.prompted, plan.interpolated,
+            list(map(len, plan.missing)), lengths)
 
 
 def produce(plan, params, quiet):
@@ -1468,7 +1656,10 @@ def produce(plan, params, quiet):
     cfg, sampling, takes = plan.cfg, plan.sampling, plan.sampling["num_waveforms_per_prompt"]
     weight, rate = sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"]
     seconds = plan.samples / rate
-    evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"]))
+    evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"],
+                                          sampling["strength"]))
+    if sampling["extend"]:
+        evaluations *= window_count(cfg, len(plan.original), sampling["extend"])
     heard = None if plan.audio_prompt is None else encode_audio(cfg, params, *plan.audio_prompt)
     if plan.interpolated:
         way = interpolate(*prompt_vectors(cfg, params, plan.texts, heard, weight), plan.interpolated)
@@ -1479,17 +1670,17 @@ def produce(plan, params, quiet):
         toward = way[here] if plan.interpolated else prompt_vectors(
             cfg, params, plan.texts[here] if plan.prompted else None, heard, weight)
         away = encode_prompt(cfg, params, plan.negatives[here]) if plan.guided else None
-        mel = []
+        audio = []
         for first in range(0, len(rows), plan.batch):
             some = rows[first:first + plan.batch]
             prompts = [row // takes - group.start for row in some]
             name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
-            mel.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
-                                negative_prompt_embeds=away[prompts] if plan.guided else None,
-                                seed=[plan.seeds[row] for row in some], num_waveforms_per_prompt=1, output_type="mel",
-                                callback=None if quiet else progress_line(name, evaluations), callback_steps=1))
-        mel = np.concatenate(mel)
-        audio = vocode(cfg, params, mel, sampling["loop"])[:, :plan.samples]
+            audio.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
+                                  negative_prompt_embeds=away[prompts] if plan.guided else None,
+                                  init_audio=plan.original, seed=[plan.seeds[row] for row in some],
+                                  num_waveforms_per_prompt=1, callback_steps=1,
+                                  callback=None if quiet else progress_line(name, evaluations)))
+        audio = np.concatenate(audio)
         order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
         files, lines = {}, []
         for place, i in enumerate(order):
@@ -1497,7 +1688,7 @@ def produce(plan, params, quiet):
             path = plan.paths[row]
             files[path] = audio_bytes(audio[i], rate, path.suffix)
             if plan.pictures:
-                files[plan.pictures[row]] = spectrogram_bytes(mel[i], seconds)
+                files[plan.pictures[row]] = spectrogram_bytes(log_mel(cfg["vocoder"], audio[i]), seconds)
             score = "" if scores is None else f"  score {scores[place]:.3f}"
             lines.append(f"{path}  {seconds:.2f} s  seed {plan.seeds[rows[i]]}{score}")
         yield {path: files[path] for path in missing}, lines

@@ -54,7 +54,7 @@ DEFAULTS = {
     "feature_extractor": {"frequency_min": 0, "max_length_s": 10, "truncation": "fusion"},
     "unet": {"in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
              "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "sample_size": None,
              "class_embed_type": None, "class_embeddings_concat": False, "projection_class_embeddings_input_dim": None},
     "vae": {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [64],
             "layers_per_block": 1, "scaling_factor": 0.18215},
@@ -980,14 +980,12 @@ def load_params(cfg):
 
 def config_files(cfg):
     """{file: contents} that make diffusers and transformers build cfg: cfg, IMPLEMENTED, and what follows from cfg."""
-    text, vae, vocoder, extractor = cfg["text_encoder"], cfg["vae"], cfg["vocoder"], cfg["feature_extractor"]
-    projection, levels = {"projection_dim": text["projection_dim"]}, len(vae["block_out_channels"])
-    samples = round(cfg["sampling"]["audio_length_in_s"] * vocoder["sampling_rate"])
+    text, extractor, levels = cfg["text_encoder"], cfg["feature_extractor"], len(cfg["vae"]["block_out_channels"])
+    projection = {"projection_dim": text["projection_dim"]}
     follows = {
         "text_encoder.text_config": projection,
         "text_encoder.audio_config": projection,
-        "unet": {"cross_attention_dim": cfg["unet"]["block_out_channels"],
-                 "sample_size": math.ceil(samples / (math.prod(vocoder["upsample_rates"]) * 2 ** (levels - 1)))},
+        "unet": {"cross_attention_dim": cfg["unet"]["block_out_channels"]},
         "vae": {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels},
         "vocoder": {"model_type": "hifigan"},
         "feature_extractor": {"max_length_s": extractor["nb_max_samples"] // extractor["sampling_rate"]}}

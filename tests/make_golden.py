@@ -6,6 +6,7 @@
     python tests/make_golden.py schedulers            # instead: golden/schedulers.npz alone, with the stored checkpoint
     python tests/make_golden.py left_out              # instead: golden/left_out.npz and defaults.json alone, likewise
     python tests/make_golden.py training              # instead: golden/training.npz alone, likewise
+    python tests/make_golden.py music_in              # instead: golden/music_in.npz alone, likewise
     python tests/make_golden.py tokenizers            # instead: golden/tokenizers/ alone, likewise
     python tests/make_golden.py CHECKPOINT OUT.npz    # instead: ten guided steps of any checkpoint, for parity.py
 
@@ -288,6 +289,57 @@ def schedulers():
     (GOLDEN / "schedulers.json").write_text(json.dumps(files, indent=0) + "\n")
 
 
+def music_in():
+    """golden/music_in.npz: variations with every scheduler and repainting, put together from diffusers' parts."""
+    import librosa
+    pipe = MusicLDMPipeline.from_pretrained(GOLDEN / "checkpoint")
+    rng, steps, height, arrays = np.random.default_rng(6), 4, 8, {}
+    mel = librosa.feature.melspectrogram(y=waveform(0.4, 16000)[:height * 640], sr=16000, n_fft=1024, hop_length=160,
+                                         power=1.0, pad_mode="reflect", n_mels=16, fmin=0, fmax=8000)[:, :height * 4]
+    mel = torch.from_numpy(np.log(np.maximum(mel, 1e-5)).T.astype(np.float32))[None, None]
+    known = pipe.vae.encode(mel).latent_dist.mean * pipe.vae.config.scaling_factor
+    arrays["in_latents"] = rng.standard_normal(known.shape, np.float32)
+    arrays["in_noise"] = rng.standard_normal((steps, *known.shape), np.float32)
+    noise, prompts = torch.from_numpy(arrays["in_latents"]), ["", "a slow blues"]
+    tokens = pipe.tokenizer(prompts, padding=True, return_tensors="pt")
+    labels = functional.normalize(pipe.text_encoder.get_text_features(**tokens), dim=-1)
+
+    def run_from(name, strength, kept):
+        scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(
+            pipe.scheduler.config, **({"skip_prk_steps": True} if name == "pndm" else {}))
+        scheduler.set_timesteps(steps)
+        timesteps = torch.tensor(list(dict.fromkeys(scheduler.timesteps.tolist())))[steps - int(steps * strength):]
+        if name == "pndm":  # a plain end of its list has no second evaluation to take twice, and stops a step early
+            timesteps = torch.cat((timesteps[:2], timesteps[1:]))
+        if name == "heun":
+            timesteps = timesteps.repeat_interleave(2)[1:]
+        if name == "lms":  # its order follows from the place in the list: of a plain end, weights without their history
+            scheduler.timesteps, scheduler.sigmas = timesteps, scheduler.sigmas[-len(timesteps) - 1:]
+        x, states = scheduler.add_noise(known, noise, timesteps[:1]), []
+        if strength == 1:
+            x = torch.where(kept, x, noise * scheduler.init_noise_sigma)
+        with given_noise(iter(arrays["in_noise"])):
+            for t, following in zip(timesteps, [*timesteps[1:], None]):
+                both = torch.cat([scheduler.scale_model_input(x, t)] * 2)
+                away, toward = pipe.unet(both, t, None, class_labels=labels).sample.chunk(2)
+                x = scheduler.step(away + 2.0 * (toward - away), t, x).prev_sample
+                if kept.any():
+                    end = scheduler.final_alpha_cumprod if name == "ddim" else torch.tensor(1.0)
+                    back = (end ** 0.5 * known + (1 - end) ** 0.5 * noise if following is None else
+                            scheduler.add_noise(known, noise, following[None]))
+                    x = torch.where(kept, back, x)
+                states.append(x.numpy().copy())
+        return np.stack(states)
+
+    rows = torch.arange(height)[:, None]
+    for name in SCHEDULERS:
+        arrays[f"{name}.variation"] = run_from(name, 0.5, rows < 0)
+    for name in ("ddim", "dpm"):
+        arrays[f"{name}.repainted"] = run_from(name, 1.0, (rows < 2) | (rows >= 5))
+    print({key: round(float(value.std()), 3) for key, value in arrays.items()})
+    np.savez_compressed(GOLDEN / "music_in.npz", **arrays)
+
+
 def left_out():
     """golden/defaults.json: what the classes take for keys; golden/left_out.npz: audio of checkpoints without one."""
     classes = {"text_encoder": ClapConfig, "text_encoder.text_config": ClapTextConfig,
@@ -395,7 +447,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    if sys.argv[1:] in (["schedulers"], ["left_out"], ["tokenizers"], ["training"]):
+    if sys.argv[1:] in (["schedulers"], ["left_out"], ["tokenizers"], ["training"], ["music_in"]):
         return globals()[sys.argv[1]]()
     if sys.argv[1:]:
         pipe = MusicLDMPipeline.from_pretrained(sys.argv[1])

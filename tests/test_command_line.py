@@ -208,7 +208,7 @@ def test_each_process_takes_whole_batches(rank, names, monkeypatch):
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", rank)
     monkeypatch.setenv("RANK_SIZE", "2" if rank != "2" else "3")
-    monkeypatch.setattr(musicldm, "generate", lambda *_, seed, **__: np.zeros((len(seed), 32, 16), np.float32))
+    monkeypatch.setattr(musicldm, "generate", lambda *_, seed, **__: np.zeros((len(seed), 5120), np.float32))
     pathlib.Path("p").write_bytes(LINES if rank != "2" else b"drums")
     assert musicldm.main([*FROM_FILE, "--batch", "2"]) == 0 and files() == ["p", *names]
 
