@@ -670,7 +670,8 @@ def swin_block(x, shape, p, window, shift, heads, eps):
     y = ops.gather(y, rows, 1).reshape(-1, c)
     bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
     # a product instead of a broadcast: its gradient, a sum over windows, is four times as fast
-    bias = ops.MatMul()(ops.ones((n * count, 1), bias.dtype), bias.reshape(1, -1)).reshape(n, count, heads, l, l)
+    ones = ops.zeros((n * count, 1), bias.dtype) + 1
+    bias = ops.MatMul()(ones, bias.reshape(1, -1)).reshape(n, count, heads, l, l)
     bias = bias + parting if shift else bias
     y = bert_attention(y, (n * count, l), bias.reshape(-1, heads, l, l), p["attention"], heads)
     x = x + ops.gather(y.reshape(n, size * size, c), inverse, 1).reshape(-1, c)

@@ -1,18 +1,18 @@
 """MusicLDM, text to music (Chen et al., 2023, arXiv 2308.01546), as pure functions in MindSpore.
 
-`generate` reads like the paper's figure: prompt -> CLAP text tower -> UNet under a scheduler with classifier-free
-guidance -> VAE decoder -> HiFi-GAN -> waveform. Axis letters are those of layers.py.
+It reads from top to bottom as the pipeline runs: prompt -> CLAP text tower -> UNet under a scheduler with
+classifier-free guidance -> VAE decoder -> HiFi-GAN -> waveform, and `generate`, which joins them. What follows serves
+them: CLAP's audio tower, music that goes in, the tokenizer, checks, and the command line. Axis letters are those of
+layers.py.
 """
 import argparse
 import collections
 import contextlib
-import difflib
 import functools
 import hashlib
 import io
 import json
 import math
-import numbers
 import os
 import pathlib
 import re
@@ -31,7 +31,6 @@ if __name__ == "__main__":
 import mindspore
 import numpy as np
 import soundfile
-import yaml
 from mindspore import Tensor, ops
 from PIL import Image, ImageDraw
 
@@ -41,16 +40,9 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
                     encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
-from weights import InputError, byte_characters, load_vocabulary, one_at_a_time, shown
+from weights import (DEFAULT_CONFIG, RANGES, InputError, byte_characters, checked_value, fits, load_config,
+                     load_vocabulary, one_at_a_time, read_yaml, shown, unknown)
 
-DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
-CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
-           "sampling.output_type": ("np", "mel", "latent")}
-OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
-RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
-          "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
-          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
-          "sampling.audio_prompt_weight": (0, 1), "sampling.strength": (0.001, 1)}
 FADE = 0.02  # seconds of a crossfade between what is kept and what is made anew
 FORMATS = (".wav", ".flac", ".ogg")
 KEPT = 16  # settings whose compiled graphs the command line keeps on disk
@@ -60,228 +52,7 @@ ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt
                         "callback")
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
-
-def unknown(kind, name, valid):
-    """An InputError about a name that is not among the valid ones, with the nearest of them."""
-    near = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {kind} {shown(name)}: {hint}valid: {', '.join(valid)}")
-
-
-def fits(value, like):
-    """Whether `value` has the type of `like`; an integer passes for a float, and a list is not empty."""
-    if isinstance(like, bool) or isinstance(value, bool):
-        return isinstance(like, bool) and isinstance(value, bool)
-    if isinstance(like, int):
-        return isinstance(value, numbers.Integral)
-    if isinstance(like, float):
-        return isinstance(value, numbers.Real) and -1e30 < value < 1e30  # neither NaN nor Inf
-    if isinstance(like, list):
-        return isinstance(value, (list, tuple)) and len(value) > 0 and all(fits(item, like[0]) for item in value)
-    return isinstance(value, type(like))
-
-
-def checked_value(name, value, default):
-    """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
-    value = value.item() if isinstance(value, np.generic) else value
-    if value is None and name in OPTIONAL:
-        return None
-    default = OPTIONAL.get(name, default)
-    if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.)?\d+e[-+]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 1e-5 and 1.5e5 as text
-    if name == "sampling.negative_prompt":
-        valid = "null, a text, or a list of texts, one a prompt"
-        ok = value is None or fits(value, "") or fits(value, [""])
-    elif name == "sampling.repaint":
-        valid = "a list of parts, each [start, end] in seconds"
-        ok = not value or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
-    elif name == "unet.attention_head_dim":
-        valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
-    elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
-        return [checked_value(name, seed, default) for seed in value]
-    else:
-        kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
-        valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
-    choices = tuple(SCHEDULERS) if name == "sampling.scheduler" else CHOICES.get(name)
-    if ok and choices:
-        valid, ok = ", ".join(choices), value in choices
-    if ok and name in RANGES:
-        low, high = RANGES[name]
-        valid, ok = f"{low} or more" if high == math.inf else f"{low} to {high}", low <= value <= high
-    if not ok:
-        raise InputError(f"{name} is {shown(value)}; valid: {valid}")
-    return float(value) if isinstance(default, float) else value
-
-
-def merged(base, new, prefix=""):
-    """`base` with the values of `new`, an equally nested dict, checked against it; neither is changed."""
-    if not isinstance(new, dict):
-        name = prefix.rstrip(".") or "the configuration"
-        raise InputError(f"{name} is {shown(new)}; valid: a mapping of {', '.join(base)}")
-    result = dict(base)
-    for key, value in new.items():
-        if key not in base:
-            raise unknown("config key", f"{prefix}{key}", [prefix + name for name in base])
-        result[key] = (merged(base[key], value, f"{prefix}{key}.") if isinstance(base[key], dict)
-                       else checked_value(f"{prefix}{key}", value, base[key]))
-    return result
-
-
-def known_part(stated, base):
-    """What a config.json states of the keys that `base` has."""
-    return {key: known_part(stated[key], value) if isinstance(value, dict) else stated[key]
-            for key, value in base.items() if key in stated}
-
-
-def parse_yaml(text, where):
-    """The value of a YAML text; an InputError that begins with `where` if it has none."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise ValueError
-        raise InputError(f"{where}: {checkpoints.one_line(error)}") from None
-
-
-def read_yaml(path):
-    """The content of a YAML file, {} if it is empty; an InputError if it cannot be read."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config: cannot read {path}: {checkpoints.one_line(error)}") from None
-    tree = parse_yaml(text, f"config: cannot read {path}")
-    return {} if tree is None else tree
-
-
-def parse_override(text):
-    """ "unet.norm_eps=1" -> {"unet": {"norm_eps": 1}}."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"override {shown(text)}; valid: key=value, such as sampling.seed=3")
-    tree = parse_yaml(value, f"override {shown(text)}")
-    for key in reversed(name.strip().split(".")):
-        tree = {key: tree}
-    return tree
-
-
-def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
-    """The configuration as a nested plain dict: the file, below the checkpoint's own config.json, below `overrides`.
-
-    path: a YAML file; keys it leaves out have the values of the config.yaml beside this module
-    weights: a checkpoint folder, a hub id, or "random"; None keeps the file's. What a checkpoint's files leave out has
-        the reference's default
-    overrides: texts like "sampling.seed=3", the value in YAML
-    quiet: no progress bars while a hub id is fetched
-    Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
-    """
-    changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
-    cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
-    folder = checkpoints.find_weights(functools.reduce(merged, changes, cfg)["weights"], quiet)
-    if folder != checkpoints.RANDOM:
-        stated, published = checkpoints.read_config_files(folder), read_yaml(DEFAULT_CONFIG)
-        cfg = {**cfg, **merged({section: published[section] for section in stated},
-                               {section: known_part(stated[section], published[section]) for section in stated})}
-        if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
-            name = checkpoints.SCHEDULERS[stated["schedule"]["_class_name"]]
-            cfg["sampling"] = {**cfg["sampling"], "scheduler": name}
-    cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
-    checkpoints.check_architecture(cfg)
-    load_vocabulary(cfg)  # refused now rather than when the first prompt is read
-    return cfg
-
-
-def frozen(section):
-    """A config section as a constant of a MindSpore graph, which keys its cache on tuples but not on lists."""
-    if isinstance(section, dict):
-        return {key: frozen(value) for key, value in section.items()}
-    return tuple(frozen(value) for value in section) if isinstance(section, (list, tuple)) else section
-
-
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-# GPT-2's pattern (openai/gpt-2, encoder.py), on text whose characters stand for their Unicode class: see `words`
-WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-
-
-def words(text):
-    """GPT-2's words. `re` lacks \\p{L} and \\p{N}: it is shown an ASCII character of the same class for any other."""
-    def stand_in(character):
-        category = unicodedata.category(character)
-        return "A" if category[0] == "L" else "0" if category[0] == "N" else (
-            "\n" if category[0] == "Z" or character == "\x85" else "!")
-
-    classes = "".join(character if character.isascii() else stand_in(character) for character in text)
-    return [text[match.start():match.end()] for match in WORDS.finditer(classes)]
-
-
-def byte_pairs(word, ranks):
-    """Byte-pair encoding (Sennrich et al., 2016): merge the pair of lowest rank until none is left."""
-    parts = list(word)
-    while len(parts) > 1:
-        pair = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(" ".join(pair), math.inf))
-        if " ".join(pair) not in ranks:
-            break
-        joined, i = [], 0
-        while i < len(parts):
-            step = 2 if tuple(parts[i:i + 2]) == pair else 1
-            joined.append("".join(parts[i:i + step]))
-            i += step
-        parts = joined
-    return parts
-
-
-def text_to_tokens(text, ranks, added):
-    """RoBERTa's tokens of one text. Special and added tokens in it count as such, the longest first, and may take the
-    spaces on their left or right: see `load_vocabulary`."""
-    characters, tokens = byte_characters(), []
-    pieces = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
-    for i, piece in enumerate(pieces):  # text and token by turns
-        if i % 2:
-            tokens.append(piece)
-            continue
-        if i > 0 and added[pieces[i - 1]][1]:
-            piece = piece.lstrip()
-        if i + 1 < len(pieces) and added[pieces[i + 1]][0]:
-            piece = piece.rstrip()
-        for word in words(piece):
-            tokens += byte_pairs("".join(characters[byte] for byte in word.encode("utf-8")), ranks)
-    return tokens
-
-
-def tokens_to_text(tokens, added):
-    """The inverse of `text_to_tokens`."""
-    codes = {character: byte for byte, character in enumerate(byte_characters())}
-    parts = (token.encode() if token in added else bytes(codes[character] for character in token) for token in tokens)
-    return b"".join(parts).decode("utf-8", errors="replace")
-
-
-def tokenize(cfg, prompts):
-    """Token ids and mask, np.int32 (n, L) each, padded to the longest of the prompts (a text or a list of texts).
-
-    A prompt longer than the text tower's 512 positions, or than the tokenizer's own limit, is cut, with a warning that
-    quotes what was cut.
-    """
-    vocab, ranks, added, longest = load_vocabulary(cfg)
-    rows = []
-    for prompt in checked_prompts(prompts):
-        tokens = text_to_tokens(prompt, ranks, added)
-        if len(tokens) > longest - 2:
-            cut = tokens_to_text(tokens[longest - 2:], added)
-            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {shown(cut)}", stacklevel=2)
-        tokens = ["<s>", *tokens[:longest - 2], "</s>"]
-        rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])
-    length = max(map(len, rows))
-    ids = [row + [vocab["<pad>"]] * (length - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    return np.array(ids, np.int32), np.array(mask, np.int32)
-
-
-def padded_length(cfg, tokens):
-    """Up to a multiple of 16, so that there are few lengths to compile, and at most the text tower's positions."""
-    text = cfg["text_encoder"]["text_config"]
-    return min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - text["pad_token_id"] - 1)
-
-
-# ------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------- models
 
 @mindspore.jit
 def clap_text(ids, positions, bias, text_model, text_projection, cfg):
@@ -297,34 +68,6 @@ def clap_text(ids, positions, bias, text_model, text_projection, cfg):
         x = bert_layer(x, shape, bias, text_model["encoder"][nth("layer", i)], cfg["num_attention_heads"], eps)
     x = tanh(linear(x.reshape(*shape, -1)[:, 0], text_model["pooler"]["dense"]))
     return linear(ops.relu(linear(x, text_projection["linear1"])), text_projection["linear2"])
-
-
-@mindspore.jit
-def clap_audio(x, audio_encoder, audio_projection, cfg):
-    """CLAP's audio tower (HTSAT, Chen et al., 2022) and projection: x (N, frames, mels) -> (N, projection_dim).
-
-    x is a log-mel spectrogram whose spec_size ** 2 / mels frames fill the square image that it is folded into.
-    transformers' ClapModel.get_audio_features after its interpolation, before it is normalised.
-    """
-    n, frames, mels = x.shape
-    p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
-    x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
-    size = cfg["spec_size"] // patch
-    # successive parts of the time axis come one below the other in the image
-    x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    x = conv1x1(x.reshape(n * size * size, patch * patch), audio_encoder["patch_embed.proj"])
-    x = layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
-    for stage in range(len(cfg["depths"])):
-        p = audio_encoder[nth("layers", stage)]
-        for i in range(cfg["depths"][stage]):
-            x = swin_block(x, (n, size, size), p[nth("blocks", i)], window,
-                           window // 2 if i % 2 == 1 and size > window else 0, cfg["num_attention_heads"][stage],
-                           cfg["layer_norm_eps"])
-        if "downsample" in p:
-            x = patch_merging(x, (n, size, size), p["downsample"])
-            size = size // 2
-    x = layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, size * size, -1).mean(1)
-    return linear(ops.relu(linear(x, audio_projection["linear1"])), audio_projection["linear2"])
 
 
 def unet(x, timestep, class_labels, p, cfg, loop):
@@ -388,31 +131,6 @@ def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
 
 
 @mindspore.jit
-def vae_encode(x, p, cfg):
-    """diffusers' AutoencoderKL.encode: log-mel (N, 4 H, 4 W) -> latents' mean and log variance, (N, H, W, 8) each.
-
-    Neither is multiplied by scaling_factor; the log variance is cut to -30 to 20, as there.
-    """
-    groups, levels, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), 1e-6
-    shapes, p, quant_conv = pyramid(x.shape, levels), p["encoder"], p["quant_conv"]
-    x = conv2d(x.reshape(-1, 1), shapes[0], p["conv_in"], False)
-    for level in range(levels):
-        block, shape = p[nth("down_blocks", level)], shapes[level]
-        for i in range(cfg["layers_per_block"]):
-            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, False)
-        if "downsamplers.0" in block:
-            x = encoder_downsample(x, shape, block["downsamplers.0"]["conv"])
-    block, shape = p["mid_block"], shapes[-1]
-    x = resnet(x, shape, None, block["resnets.0"], groups, eps, False)
-    x = image_attention(x, shape, block["attentions.0"], groups)
-    x = resnet(x, shape, None, block["resnets.1"], groups, eps, False)
-    x = conv2d(ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps)), shape, p["conv_out"], False)
-    mean, log_variance = halves(conv1x1(x, quant_conv))
-    latents = (*shape, -1)
-    return mean.reshape(latents), ops.clamp(log_variance, -30.0, 20.0).reshape(latents)
-
-
-@mindspore.jit
 def vae_decode(x, p, cfg, loop):
     """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
     groups, levels, shape, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), x.shape[:3], 1e-6
@@ -459,7 +177,7 @@ def hifigan(mel, p, cfg):
     return tanh(x.reshape(shape))
 
 
-# --------------------------------------------------------------------------------------------------------- schedulers
+# ----------------------------------------------------------------------------------------------------------- schedulers
 # Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
 #   eps_fn(x, t) predicts the noise in x at timestep t, where x has unit variance if the signal has
 #   x is unit normal noise, of any array type; it is not changed
@@ -638,7 +356,236 @@ def keeping(eps_fn, known, kept, alphas):
     return eps
 
 
-# ------------------------------------------------------------------------------------------------------ audio features
+# ------------------------------------------------------------------------------------------------------------- pipeline
+
+@one_at_a_time
+def encode_prompt(cfg, params, prompts):
+    """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
+
+    Each text goes through the tower alone, so that what stands beside it changes nothing.
+    """
+    prompts, text = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
+    distinct, pad = list(dict.fromkeys(prompts)), text["pad_token_id"]
+    p, vectors = params["text_encoder"], {}
+    for prompt, row, mask in zip(distinct, *tokenize(cfg, distinct)):
+        tokens, length = int(mask.sum()), padded_length(cfg, int(mask.sum()))
+        ids = np.full((1, length), pad, np.int32)
+        ids[0, :tokens] = row[:tokens]
+        # RoBERTa counts positions over what is not padding, from pad_token_id + 1
+        positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
+        bias = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
+        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
+                               mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
+        vectors[prompt] = x / np.linalg.norm(x)
+    return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
+
+
+def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
+    """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
+
+    Of the prompts (a text or a list of texts), `heard`, the vector (1, projection_dim) that encode_audio made of an
+    audio prompt, or with both, the normalised mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was
+    trained on CLAP's audio vectors.
+    """
+    if heard is None:
+        return encode_prompt(cfg, params, prompts)
+    if prompts is None:
+        return heard
+    mixture = (1 - weight) * encode_prompt(cfg, params, prompts) + weight * heard
+    return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
+
+
+@one_at_a_time
+def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, kept=None):
+    """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
+
+    embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
+    noise, sampling, callback: as in `generate`, noise as an iterator
+    known (n or 1, 8, h, w): latents to start from, as far as sampling["strength"] leaves them and where `kept`, bool
+        (h,), says so to come back to
+    Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
+    the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
+    """
+    make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
+    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
+    p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
+    checkpoints.release(params)  # the text tower and what was prepared have done their work
+    unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
+    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
+
+    def eps_fn(x, t):
+        timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
+        return guided_noise(x, timestep, embeds, scale, p, unet_cfg, loop)
+
+    steps, strength = sampling["num_inference_steps"], sampling["strength"]
+    timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
+    predict, alphas = eps_fn, alphas_cumprod(cfg["schedule"])
+    if known is not None:
+        kept = kept[:, None]
+        x = np.where(kept | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
+        if kept.any():
+            known = to_tensor(cfg, known.transpose(0, 2, 3, 1))
+            predict = keeping(eps_fn, known, to_tensor(cfg, kept[:, None]), alphas)
+    noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
+    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
+    on_cpu = checkpoints.use_device(cfg) == "CPU"
+    for i, x in enumerate(sample(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
+        called = callback is not None and i % sampling["callback_steps"] == 0
+        if called or on_cpu or i == len(timesteps) - 1:
+            latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
+        if called:
+            callback(i, int(timesteps[i]), latents.copy())
+    checkpoints.release(params)
+    return latents
+
+
+@one_at_a_time
+def decode_latents(cfg, params, latents, loop=False):
+    """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
+    x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
+    make_room(cfg, "vae", x.shape[1:], loop)
+    p, vae = mindspore.mutable(params["vae"]), frozen(cfg["vae"])
+    return finite(np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop))
+                                  for i in range(len(x))]), "the spectrogram")
+
+
+@one_at_a_time
+def vocode(cfg, params, mel, loop=False, window=1024):
+    """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
+
+    At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
+    than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
+    """
+    p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
+    hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
+    samples = mel.shape[1] * hop
+    if loop:
+        mel = np.pad(mel, ((0, 0), (reach, reach), (0, 0)), mode="wrap")
+    step = max(1, window - 2 * reach)
+    size = min(mel.shape[1], step + 2 * reach)
+    last = mel.shape[1] - size
+    make_room(cfg, "vocoder", size)
+    waveforms = []
+    for x in mel:
+        parts, done = [], 0
+        for start in [*range(0, last, step), last]:
+            part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
+            end = len(part) if start == last else (size - reach) * hop
+            parts.append(part[done - start * hop:end])
+            done = start * hop + end
+        waveforms.append(np.concatenate(parts))
+    audio = finite(np.stack(waveforms), "the audio")
+    return audio[:, reach * hop:reach * hop + samples] if loop else audio
+
+
+@one_at_a_time
+def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None):
+    """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
+
+    x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
+    original (n or 1, samples): music to start from, which stays but for the parts that are to be made anew
+    """
+    samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    known = kept = None
+    if original is not None:
+        share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
+        known = encode_latents(cfg, params, np.atleast_2d(original), cfg["vocoder"]["sampling_rate"])
+        a_row = math.prod(cfg["vocoder"]["upsample_rates"]) * 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+        kept = np.pad(share, (0, size[1] * a_row - samples), mode="edge").reshape(-1, a_row).max(axis=1) == 0
+    latents = denoise(cfg, params, x, embeds, noise, sampling, callback, known, kept)
+    if sampling["output_type"] == "latent":
+        return latents
+    mel = decode_latents(cfg, params, latents, sampling["loop"])
+    if sampling["output_type"] == "mel":
+        return mel
+    audio = vocode(cfg, params, mel, sampling["loop"])[:, :samples]
+    return audio if original is None else share * audio + (1 - share) * original
+
+
+@one_at_a_time
+def generate(cfg, prompt=None, params=None, **options):
+    """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
+
+    params: what weights.load_params(cfg) returned; None loads them for this call
+    options: any key of cfg["sampling"], for this call, where `seed` may also be a list of one a waveform, and
+        prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
+        audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
+        init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
+            parts; with `extend` the same and more of it
+        latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
+        noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
+        callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
+            latents in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait
+            for another thread that does: threads compute one at a time
+    With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
+    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
+    seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
+    both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
+    Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
+    """
+    prompt_embeds, negative_embeds, audio_prompt, x, noise, callback = map(options.get, (
+        "prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback"))
+    if prompt_embeds is not None:
+        if prompt is not None or audio_prompt is not None:
+            raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
+        prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
+        conditions = [row.tobytes() for row in prompt_embeds]
+    else:
+        audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
+        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
+    n = len(conditions)
+    sampling = checked_options(cfg, options, n)
+    negative = sampling["negative_prompt"]
+    if negative_embeds is not None:
+        if negative is not None:
+            raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
+        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
+    original, sampling = read_init_audio(cfg, options.get("init_audio"), sampling)
+    guided, takes, steps, extend = (sampling[name] for name in (
+        "guidance_scale", "num_waveforms_per_prompt", "num_inference_steps", "extend"))
+    guided, (_, size) = guided > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    shape = (n * takes, *size)
+    check_memory(cfg, shape, guided)
+    if extend and not (x is None and noise is None):
+        raise InputError("latents or noise stand beside extend; valid: a seed")
+    seeds = take_seeds(sampling["seed"], conditions, takes)
+    x = None if x is None else checked_array("latents", x, shape)
+    noise = None if noise is None else checked_array("noise", noise, (steps, *shape))
+    if params is None:
+        params = checkpoints.load_params(cfg)
+
+    if prompt_embeds is None:
+        heard = None if audio_prompt is None else encode_audio(cfg, params, *audio_prompt)
+        prompt_embeds = prompt_vectors(cfg, params, prompt, heard, sampling["audio_prompt_weight"])
+    if guided and negative_embeds is None:
+        negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
+                                        [negative or ""] * n)
+    embeds = np.concatenate((negative_embeds, prompt_embeds)) if guided else prompt_embeds
+    embeds = np.repeat(embeds, takes, axis=0)
+
+    def draw(window):
+        first = window * (steps + 1)
+        return standard_normal(seeds, first, size), (standard_normal(seeds, first + i + 1, size) for i in range(steps))
+
+    def make(window, known, part):
+        done = window * len(scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"]))
+        counted = callback and (lambda step, *more: callback(done + step, *more))
+        return render(cfg, params, *draw(window), embeds, {**sampling, "repaint": [part]}, counted, known)
+
+    if extend:
+        result = extended(cfg, np.repeat(original[None], n * takes, axis=0), extend, make)
+    else:
+        drawn = draw(0)
+        result = render(cfg, params, drawn[0] if x is None else x, drawn[1] if noise is None else iter(noise), embeds,
+                        sampling, callback, original)
+    if sampling["output_type"] != "np" or takes == 1:
+        return result
+    return result[rank(cfg, params, prompt_embeds, result)[0]]
+
+
+# ------------------------------------------------------------------------------------------------------- audio and CLAP
 
 def resample(audio, rate, new_rate):
     """Audio (..., samples) at one integer rate in Hz -> (..., ceil(samples * new_rate / rate)) at another, float64.
@@ -692,20 +639,6 @@ def clap_features(cfg, waveforms):
     return np.stack(features)[:, None].astype(np.float32)
 
 
-def log_mel(vocoder, waveform):
-    """The log-mel spectrogram of VAE and vocoder: a waveform (samples,) at their rate -> np.float32 (frames, 64).
-
-    There are samples / 160 frames, rounded up (160 is the product of upsample_rates); silence fills the last one.
-    Slaney's bands from 0 Hz to half the rate over magnitudes, log of at least 1e-5: the authors' training code.
-    """
-    hop = math.prod(vocoder["upsample_rates"])
-    filters = mel_filters({"fft_window_size": 1024, "sampling_rate": vocoder["sampling_rate"], "frequency_min": 0,
-                           "frequency_max": vocoder["sampling_rate"] / 2, "feature_size": vocoder["model_in_dim"]})
-    waveform = np.pad(waveform, (0, -len(waveform) % hop))
-    magnitudes = spectra(waveform, 1024, hop)[:len(waveform) // hop]
-    return np.log(np.maximum(magnitudes @ filters, 1e-5)).astype(np.float32)
-
-
 def stretch(x, frames):
     """x (..., L, C) -> (..., frames, C): torch's bicubic interpolation (Keys, 1981, a = -0.75) with align_corners.
 
@@ -718,60 +651,32 @@ def stretch(x, frames):
     return kernel @ np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 2), (0, 0)], mode="edge")
 
 
-# ----------------------------------------------------------------------------------------------------------- pipeline
+@mindspore.jit
+def clap_audio(x, audio_encoder, audio_projection, cfg):
+    """CLAP's audio tower (HTSAT, Chen et al., 2022) and projection: x (N, frames, mels) -> (N, projection_dim).
 
-SIZES, COMPILED = 24, set()  # how many sizes of UNet, VAE and vocoder have compiled graphs at most, and which do
-
-
-def make_room(cfg, model, *size):
-    """Before a model is compiled for one size more than SIZES, forget all compiled graphs, the caller's own among them.
-
-    MindSpore would keep them, tens of megabytes a graph, until the process ends. Nothing changes in what is computed.
+    x is a log-mel spectrogram whose spec_size ** 2 / mels frames fill the square image that it is folded into.
+    transformers' ClapModel.get_audio_features after its interpolation, before it is normalised.
     """
-    key = repr((model, cfg[model], cfg["dtype"], size))
-    if key not in COMPILED and len(COMPILED) >= SIZES:
-        mindspore.ms_memory_recycle()
-        COMPILED.clear()
-    COMPILED.add(key)
-
-
-def to_tensor(cfg, array):
-    """An array as a Tensor of the dtype that cfg computes in."""
-    return Tensor(np.ascontiguousarray(array, np.float32), checkpoints.tensor_dtype(cfg))
-
-
-def to_numpy(tensor):
-    """A Tensor as an np.float32 array of its own memory."""
-    return tensor.astype(mindspore.float32).asnumpy().copy()  # asnumpy shares the tensor's memory
-
-
-def finite(array, what):
-    """The array; an InputError that names `what` if it holds NaN or Inf."""
-    if not np.isfinite(array).all():
-        raise InputError(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
-    return array
-
-
-@one_at_a_time
-def encode_prompt(cfg, params, prompts):
-    """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
-
-    Each text goes through the tower alone, so that what stands beside it changes nothing.
-    """
-    prompts, text = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
-    distinct, pad = list(dict.fromkeys(prompts)), text["pad_token_id"]
-    p, vectors = params["text_encoder"], {}
-    for prompt, row, mask in zip(distinct, *tokenize(cfg, distinct)):
-        tokens, length = int(mask.sum()), padded_length(cfg, int(mask.sum()))
-        ids = np.full((1, length), pad, np.int32)
-        ids[0, :tokens] = row[:tokens]
-        # RoBERTa counts positions over what is not padding, from pad_token_id + 1
-        positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
-        bias = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
-        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
-                               mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
-        vectors[prompt] = x / np.linalg.norm(x)
-    return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
+    n, frames, mels = x.shape
+    p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
+    x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
+    size = cfg["spec_size"] // patch
+    # successive parts of the time axis come one below the other in the image
+    x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    x = conv1x1(x.reshape(n * size * size, patch * patch), audio_encoder["patch_embed.proj"])
+    x = layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
+    for stage in range(len(cfg["depths"])):
+        p = audio_encoder[nth("layers", stage)]
+        for i in range(cfg["depths"][stage]):
+            x = swin_block(x, (n, size, size), p[nth("blocks", i)], window,
+                           window // 2 if i % 2 == 1 and size > window else 0, cfg["num_attention_heads"][stage],
+                           cfg["layer_norm_eps"])
+        if "downsample" in p:
+            x = patch_merging(x, (n, size, size), p["downsample"])
+            size = size // 2
+    x = layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, size * size, -1).mean(1)
+    return linear(ops.relu(linear(x, audio_projection["linear1"])), audio_projection["linear2"])
 
 
 def heard_samples(cfg, sampling_rate):
@@ -811,6 +716,81 @@ def score(cfg, params, prompts, audio, sampling_rate=16000):
     return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
 
 
+def rank(cfg, params, embeds, audio):
+    """Each prompt's own waveforms by their CLAP similarity to it, best first.
+
+    embeds (n, projection_dim), audio (n * takes, samples), by prompt -> (order, scores), (n * takes,) each: the indices
+    into audio, by prompt and then from best to worst, and the cosines in that order.
+    """
+    heard = encode_audio(cfg, params, audio, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
+    scores = np.einsum("ntd,nd->nt", heard, embeds)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    first = np.arange(len(embeds))[:, None] * heard.shape[1]
+    return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- music in
+
+def log_mel(vocoder, waveform):
+    """The log-mel spectrogram of VAE and vocoder: a waveform (samples,) at their rate -> np.float32 (frames, 64).
+
+    There are samples / 160 frames, rounded up (160 is the product of upsample_rates); silence fills the last one.
+    Slaney's bands from 0 Hz to half the rate over magnitudes, log of at least 1e-5: the authors' training code.
+    """
+    hop = math.prod(vocoder["upsample_rates"])
+    filters = mel_filters({"fft_window_size": 1024, "sampling_rate": vocoder["sampling_rate"], "frequency_min": 0,
+                           "frequency_max": vocoder["sampling_rate"] / 2, "feature_size": vocoder["model_in_dim"]})
+    waveform = np.pad(waveform, (0, -len(waveform) % hop))
+    magnitudes = spectra(waveform, 1024, hop)[:len(waveform) // hop]
+    return np.log(np.maximum(magnitudes @ filters, 1e-5)).astype(np.float32)
+
+
+@mindspore.jit
+def vae_encode(x, p, cfg):
+    """diffusers' AutoencoderKL.encode: log-mel (N, 4 H, 4 W) -> latents' mean and log variance, (N, H, W, 8) each.
+
+    Neither is multiplied by scaling_factor; the log variance is cut to -30 to 20, as there.
+    """
+    groups, levels, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), 1e-6
+    shapes, p, quant_conv = pyramid(x.shape, levels), p["encoder"], p["quant_conv"]
+    x = conv2d(x.reshape(-1, 1), shapes[0], p["conv_in"], False)
+    for level in range(levels):
+        block, shape = p[nth("down_blocks", level)], shapes[level]
+        for i in range(cfg["layers_per_block"]):
+            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, False)
+        if "downsamplers.0" in block:
+            x = encoder_downsample(x, shape, block["downsamplers.0"]["conv"])
+    block, shape = p["mid_block"], shapes[-1]
+    x = resnet(x, shape, None, block["resnets.0"], groups, eps, False)
+    x = image_attention(x, shape, block["attentions.0"], groups)
+    x = resnet(x, shape, None, block["resnets.1"], groups, eps, False)
+    x = conv2d(ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps)), shape, p["conv_out"], False)
+    mean, log_variance = halves(conv1x1(x, quant_conv))
+    latents = (*shape, -1)
+    return mean.reshape(latents), ops.clamp(log_variance, -30.0, 20.0).reshape(latents)
+
+
+@one_at_a_time
+def encode_latents(cfg, params, audio, sampling_rate=16000):
+    """The UNet's latents np.float32 (n, 8, h, w) of waveforms, the inverse of `decode_latents` and `vocode`.
+
+    They are the means of the VAE's encoder times scaling_factor. Silence fills the last row of a waveform.
+    audio, sampling_rate: as in `encode_audio`, but all of it counts, and all waveforms are of one length
+    """
+    waveforms = checked_audio(audio, sampling_rate)
+    if len({len(waveform) for waveform in waveforms}) > 1:
+        raise InputError("audio holds waveforms of several lengths; valid: of one length")
+    vocoder, p, vae, latents = cfg["vocoder"], mindspore.mutable(params["vae"]), frozen(cfg["vae"]), []
+    factor = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    for waveform in waveforms:
+        mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
+        mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
+        make_room(cfg, "vae", mel.shape, "encoder")
+        mean, _ = vae_encode(to_tensor(cfg, mel[None]), p, vae)
+        latents.append(to_numpy(mean).transpose(0, 3, 1, 2) * np.float32(cfg["vae"]["scaling_factor"]))
+    return finite(np.concatenate(latents), "the latents")
+
+
 def read_audio(cfg, audio, name="audio_prompt", seconds=None):
     """(mono waveform (samples,), rate in Hz): of a file, of what soundfile.read returns, or of a generated waveform.
 
@@ -837,35 +817,250 @@ def read_audio(cfg, audio, name="audio_prompt", seconds=None):
         raise InputError(f"{name}: {error}") from None
 
 
-@one_at_a_time
-def encode_latents(cfg, params, audio, sampling_rate=16000):
-    """The UNet's latents np.float32 (n, 8, h, w) of waveforms, the inverse of `decode_latents` and `vocode`.
+def read_init_audio(cfg, audio, sampling):
+    """(waveform np.float32 (samples,) at the vocoder's rate, or None if `audio` is; sampling without open ends).
 
-    They are the means of the VAE's encoder times scaling_factor. Silence fills the last row of a waveform.
-    audio, sampling_rate: as in `encode_audio`, but all of it counts, and all waveforms are of one length
+    audio: as in `generate`; cut, or filled with silence, to audio_length_in_s
+    In the returned sampling, strength is a number, and so is audio_length_in_s: the length of what is computed at once.
     """
-    waveforms = checked_audio(audio, sampling_rate)
-    if len({len(waveform) for waveform in waveforms}) > 1:
-        raise InputError("audio holds waveforms of several lengths; valid: of one length")
-    vocoder, p, vae, latents = cfg["vocoder"], mindspore.mutable(params["vae"]), frozen(cfg["vae"]), []
-    factor = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
-    for waveform in waveforms:
-        mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
-        mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
-        make_room(cfg, "vae", mel.shape, "encoder")
-        mean, _ = vae_encode(to_tensor(cfg, mel[None]), p, vae)
-        latents.append(to_numpy(mean).transpose(0, 3, 1, 2) * np.float32(cfg["vae"]["scaling_factor"]))
-    return finite(np.concatenate(latents), "the latents")
+    length, repaint, extend = (sampling[name] for name in ("audio_length_in_s", "repaint", "extend"))
+    if audio is None:
+        for name in ("strength", "repaint", "extend"):
+            if sampling[name]:
+                raise InputError(f"{name} stands without init_audio; valid: both")
+        return None, {**sampling, "audio_length_in_s": own_length(cfg) if length is None else length, "strength": 1.0}
+    rate, longest = cfg["vocoder"]["sampling_rate"], RANGES["sampling.audio_length_in_s"][1]
+    waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
+    if not waveform.any():
+        raise InputError("init_audio is silent; valid: music")
+    waveform = resample(waveform, own_rate, rate).astype(np.float32)
+    length = checked_value("sampling.audio_length_in_s", len(waveform) / rate if length is None else length, None)
+    strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
+    if int(sampling["num_inference_steps"] * strength) == 0:
+        raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
+                         "steps, or more strength")
+    if extend:
+        for name, apart in (("repaint", not repaint), ("loop", not sampling["loop"]), ("strength", strength == 1),
+                            ("output_type", sampling["output_type"] == "np")):
+            if not apart:
+                raise InputError(f"{name} {shown(sampling[name])} stands beside extend; valid: one or the other")
+        if length + abs(extend) > longest:
+            raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
+    samples, _ = clip_size(cfg, length, sampling["loop"])
+    made_anew(samples, rate, repaint, sampling["loop"])
+    waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+    return waveform, {**sampling, "audio_length_in_s": own_length(cfg) if extend else length, "strength": strength}
 
 
-@one_at_a_time
-def decode_latents(cfg, params, latents, loop=False):
-    """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
-    x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
-    make_room(cfg, "vae", x.shape[1:], loop)
-    p, vae = mindspore.mutable(params["vae"]), frozen(cfg["vae"])
-    return finite(np.concatenate([to_numpy(vae_decode(to_tensor(cfg, x[i:i + 1]), p, vae, loop))
-                                  for i in range(len(x))]), "the spectrogram")
+def made_anew(samples, rate, parts, loop):
+    """The share of new music in each sample, np.float32 (samples,): 0 outside the parts, up to 1 inside.
+
+    parts: [start, end] in seconds; none is the whole. In a loop, one whose end comes first goes on over the seam.
+    A fade is FADE seconds long; there is none at the ends of a clip.
+    """
+    if not parts:
+        return np.ones(samples, np.float32)
+    share, ramp = np.zeros(samples, np.float32), round(FADE * rate)
+    for start, end in parts:
+        first, last = round(start * rate), round(end * rate)
+        if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
+            raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
+                             f"{samples / rate:g} s, the start first")
+        place = np.arange(first, last if last > first else last + samples)
+        up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
+        down = np.ones(len(place)) if last == samples and not loop else (np.arange(len(place)) + 1)[::-1] / (ramp + 1)
+        if share[place % samples].any():
+            raise InputError(f"repaint has the part {start:g}:{end:g}, which overlaps another; valid: parts apart")
+        share[place % samples] = np.minimum(np.minimum(up, down), 1)
+    if share.all():
+        raise InputError("repaint is the whole of init_audio; valid: a part of it, or strength 1 without repaint")
+    return share
+
+
+def extended(cfg, audio, seconds, make):
+    """Waveforms (n, samples) with seconds of music after their end, or before their start if they are below 0.
+
+    make(i, known, part): the i-th window, of the checkpoint's own length, from known (n, its samples) but for the part
+        [start, end] in seconds. What is known is half a window at most, but for the fade at its end.
+    """
+    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
+    ahead = slice(None, None, 1 if seconds > 0 else -1)  # below 0 all is done backwards
+    audio, wanted = audio[:, ahead], audio.shape[1] + round(abs(seconds) * rate)
+    for i in range(window_count(cfg, audio.shape[1], seconds)):
+        context = min(audio.shape[1], window // 2)
+        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, ahead]
+        start = context / rate - FADE
+        made = make(i, known, [start, window / rate] if seconds > 0 else [0, window / rate - start])
+        audio = np.concatenate((audio[:, :-context], made[:, ahead]), axis=1)
+    return audio[:, :wanted][:, ahead]
+
+
+def window_count(cfg, samples, seconds):
+    """How many windows `extended` takes for audio of so many samples."""
+    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
+    more = round(abs(seconds) * rate) - (window - min(samples, window // 2))  # after the first of them
+    return 1 + max(0, math.ceil(more / (window - window // 2)))
+
+
+def interpolate(start, end, n):
+    """n unit vectors, float32 (n, d), along the great circle from `start` (d,) to `end` (d,) (Shoemake, 1985)."""
+    angle = math.acos(np.clip(np.dot(start, end), -1, 1))
+    if angle < 1e-4:  # one point
+        return np.tile(np.float32(start), (n, 1))
+    t = np.linspace(0, angle, n)[:, None]
+    return ((np.sin(angle - t) * start + np.sin(t) * end) / math.sin(angle)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+# GPT-2's pattern (openai/gpt-2, encoder.py), on text whose characters stand for their Unicode class: see `words`
+WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+
+
+def words(text):
+    """GPT-2's words. `re` lacks \\p{L} and \\p{N}: it is shown an ASCII character of the same class for any other."""
+    def stand_in(character):
+        category = unicodedata.category(character)
+        return "A" if category[0] == "L" else "0" if category[0] == "N" else (
+            "\n" if category[0] == "Z" or character == "\x85" else "!")
+
+    classes = "".join(character if character.isascii() else stand_in(character) for character in text)
+    return [text[match.start():match.end()] for match in WORDS.finditer(classes)]
+
+
+def byte_pairs(word, ranks):
+    """Byte-pair encoding (Sennrich et al., 2016): merge the pair of lowest rank until none is left."""
+    parts = list(word)
+    while len(parts) > 1:
+        pair = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(" ".join(pair), math.inf))
+        if " ".join(pair) not in ranks:
+            break
+        joined, i = [], 0
+        while i < len(parts):
+            step = 2 if tuple(parts[i:i + 2]) == pair else 1
+            joined.append("".join(parts[i:i + step]))
+            i += step
+        parts = joined
+    return parts
+
+
+def text_to_tokens(text, ranks, added):
+    """RoBERTa's tokens of one text. Special and added tokens in it count as such, the longest first, and may take the
+    spaces on their left or right: see `load_vocabulary`."""
+    characters, tokens = byte_characters(), []
+    pieces = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
+    for i, piece in enumerate(pieces):  # text and token by turns
+        if i % 2:
+            tokens.append(piece)
+            continue
+        if i > 0 and added[pieces[i - 1]][1]:
+            piece = piece.lstrip()
+        if i + 1 < len(pieces) and added[pieces[i + 1]][0]:
+            piece = piece.rstrip()
+        for word in words(piece):
+            tokens += byte_pairs("".join(characters[byte] for byte in word.encode("utf-8")), ranks)
+    return tokens
+
+
+def tokens_to_text(tokens, added):
+    """The inverse of `text_to_tokens`."""
+    codes = {character: byte for byte, character in enumerate(byte_characters())}
+    parts = (token.encode() if token in added else bytes(codes[character] for character in token) for token in tokens)
+    return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def tokenize(cfg, prompts):
+    """Token ids and mask, np.int32 (n, L) each, padded to the longest of the prompts (a text or a list of texts).
+
+    A prompt longer than the text tower's 512 positions, or than the tokenizer's own limit, is cut, with a warning that
+    quotes what was cut.
+    """
+    vocab, ranks, added, longest = load_vocabulary(cfg)
+    rows = []
+    for prompt in checked_prompts(prompts):
+        tokens = text_to_tokens(prompt, ranks, added)
+        if len(tokens) > longest - 2:
+            cut = tokens_to_text(tokens[longest - 2:], added)
+            warnings.warn(f"a prompt is longer than {longest - 2} tokens; cut: {shown(cut)}", stacklevel=2)
+        tokens = ["<s>", *tokens[:longest - 2], "</s>"]
+        rows.append([vocab.get(token, vocab["<unk>"]) for token in tokens])
+    length = max(map(len, rows))
+    ids = [row + [vocab["<pad>"]] * (length - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return np.array(ids, np.int32), np.array(mask, np.int32)
+
+
+def padded_length(cfg, tokens):
+    """Up to a multiple of 16, so that there are few lengths to compile, and at most the text tower's positions."""
+    text = cfg["text_encoder"]["text_config"]
+    return min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - text["pad_token_id"] - 1)
+
+
+# ------------------------------------------------------------------------------------------------- sizes, seeds, checks
+
+SIZES, COMPILED = 24, set()  # how many sizes of UNet, VAE and vocoder have compiled graphs at most, and which do
+
+
+def make_room(cfg, model, *size):
+    """Before a model is compiled for one size more than SIZES, forget all compiled graphs, the caller's own among them.
+
+    MindSpore would keep them, tens of megabytes a graph, until the process ends. Nothing changes in what is computed.
+    """
+    key = repr((model, cfg[model], cfg["dtype"], size))
+    if key not in COMPILED and len(COMPILED) >= SIZES:
+        mindspore.ms_memory_recycle()
+        COMPILED.clear()
+    COMPILED.add(key)
+
+
+def prepared(cfg, params, as_tensor=Tensor.from_numpy):
+    """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
+
+    What was prepared before stays as it is, and on another device than a CPU all does: Conv2D takes it. `generate` does
+    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params
+    takes none of these.
+    as_tensor: makes a Tensor of each new array
+    """
+    if checkpoints.use_device(cfg) != "CPU":
+        return params
+    exact = layers.products_are_exact()
+
+    def prepare(name, x):
+        if x.ndim < 4 or x.shape[2:] == (1, 1):
+            return x
+        array = x.asnumpy()  # MindSpore's operators one by one would take seconds the first time
+        if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
+            array = layers.gathered_weight(array)
+        else:  # a large weight is for an image of few tiles
+            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 20 else 2)
+            array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
+        return as_tensor(np.ascontiguousarray(array))
+
+    return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
+
+
+def frozen(section):
+    """A config section as a constant of a MindSpore graph, which keys its cache on tuples but not on lists."""
+    if isinstance(section, dict):
+        return {key: frozen(value) for key, value in section.items()}
+    return tuple(frozen(value) for value in section) if isinstance(section, (list, tuple)) else section
+
+
+def to_tensor(cfg, array):
+    """An array as a Tensor of the dtype that cfg computes in."""
+    return Tensor(np.ascontiguousarray(array, np.float32), checkpoints.tensor_dtype(cfg))
+
+
+def to_numpy(tensor):
+    """A Tensor as an np.float32 array of its own memory."""
+    return tensor.astype(mindspore.float32).asnumpy().copy()  # asnumpy shares the tensor's memory
+
+
+def finite(array, what):
+    """The array; an InputError that names `what` if it holds NaN or Inf."""
+    if not np.isfinite(array).all():
+        raise InputError(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
+    return array
 
 
 def hifigan_reach(vocoder):
@@ -878,35 +1073,6 @@ def hifigan_reach(vocoder):
         rate *= stride
         reach += block / rate
     return math.ceil(reach + 3 / rate)
-
-
-@one_at_a_time
-def vocode(cfg, params, mel, loop=False, window=1024):
-    """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
-
-    At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
-    than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
-    """
-    p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
-    hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
-    samples = mel.shape[1] * hop
-    if loop:
-        mel = np.pad(mel, ((0, 0), (reach, reach), (0, 0)), mode="wrap")
-    step = max(1, window - 2 * reach)
-    size = min(mel.shape[1], step + 2 * reach)
-    last = mel.shape[1] - size
-    make_room(cfg, "vocoder", size)
-    waveforms = []
-    for x in mel:
-        parts, done = [], 0
-        for start in [*range(0, last, step), last]:
-            part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
-            end = len(part) if start == last else (size - reach) * hop
-            parts.append(part[done - start * hop:end])
-            done = start * hop + end
-        waveforms.append(np.concatenate(parts))
-    audio = finite(np.stack(waveforms), "the audio")
-    return audio[:, reach * hop:reach * hop + samples] if loop else audio
 
 
 def own_length(cfg):
@@ -1071,306 +1237,7 @@ def checked_options(cfg, options, n):
     return sampling
 
 
-def read_init_audio(cfg, audio, sampling):
-    """(waveform np.float32 (samples,) at the vocoder's rate, or None if `audio` is; sampling without open ends).
-
-    audio: as in `generate`; cut, or filled with silence, to audio_length_in_s
-    In the returned sampling, strength is a number, and so is audio_length_in_s: the length of what is computed at once.
-    """
-    length, repaint, extend = (sampling[name] for name in ("audio_length_in_s", "repaint", "extend"))
-    if audio is None:
-        for name in ("strength", "repaint", "extend"):
-            if sampling[name]:
-                raise InputError(f"{name} stands without init_audio; valid: both")
-        return None, {**sampling, "audio_length_in_s": own_length(cfg) if length is None else length, "strength": 1.0}
-    rate, longest = cfg["vocoder"]["sampling_rate"], RANGES["sampling.audio_length_in_s"][1]
-    waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
-    if not waveform.any():
-        raise InputError("init_audio is silent; valid: music")
-    waveform = resample(waveform, own_rate, rate).astype(np.float32)
-    length = checked_value("sampling.audio_length_in_s", len(waveform) / rate if length is None else length, None)
-    strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
-    if int(sampling["num_inference_steps"] * strength) == 0:
-        raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
-                         "steps, or more strength")
-    if extend:
-        for name, apart in (("repaint", not repaint), ("loop", not sampling["loop"]), ("strength", strength == 1),
-                            ("output_type", sampling["output_type"] == "np")):
-            if not apart:
-                raise InputError(f"{name} {shown(sampling[name])} stands beside extend; valid: one or the other")
-        if length + abs(extend) > longest:
-            raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
-    samples, _ = clip_size(cfg, length, sampling["loop"])
-    made_anew(samples, rate, repaint, sampling["loop"])
-    waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
-    return waveform, {**sampling, "audio_length_in_s": own_length(cfg) if extend else length, "strength": strength}
-
-
-def made_anew(samples, rate, parts, loop):
-    """The share of new music in each sample, np.float32 (samples,): 0 outside the parts, up to 1 inside.
-
-    parts: [start, end] in seconds; none is the whole. In a loop, one whose end comes first goes on over the seam.
-    A fade is FADE seconds long; there is none at the ends of a clip.
-    """
-    if not parts:
-        return np.ones(samples, np.float32)
-    share, ramp = np.zeros(samples, np.float32), round(FADE * rate)
-    for start, end in parts:
-        first, last = round(start * rate), round(end * rate)
-        if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
-            raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
-                             f"{samples / rate:g} s, the start first")
-        place = np.arange(first, last if last > first else last + samples)
-        up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
-        down = np.ones(len(place)) if last == samples and not loop else (np.arange(len(place)) + 1)[::-1] / (ramp + 1)
-        if share[place % samples].any():
-            raise InputError(f"repaint has the part {start:g}:{end:g}, which overlaps another; valid: parts apart")
-        share[place % samples] = np.minimum(np.minimum(up, down), 1)
-    if share.all():
-        raise InputError("repaint is the whole of init_audio; valid: a part of it, or strength 1 without repaint")
-    return share
-
-
-def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
-    """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
-
-    Of the prompts (a text or a list of texts), `heard`, the vector (1, projection_dim) that encode_audio made of an
-    audio prompt, or with both, the normalised mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was
-    trained on CLAP's audio vectors.
-    """
-    if heard is None:
-        return encode_prompt(cfg, params, prompts)
-    if prompts is None:
-        return heard
-    mixture = (1 - weight) * encode_prompt(cfg, params, prompts) + weight * heard
-    return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
-
-
-def interpolate(start, end, n):
-    """n unit vectors, float32 (n, d), along the great circle from `start` (d,) to `end` (d,) (Shoemake, 1985)."""
-    angle = math.acos(np.clip(np.dot(start, end), -1, 1))
-    if angle < 1e-4:  # one point
-        return np.tile(np.float32(start), (n, 1))
-    t = np.linspace(0, angle, n)[:, None]
-    return ((np.sin(angle - t) * start + np.sin(t) * end) / math.sin(angle)).astype(np.float32)
-
-
-def rank(cfg, params, embeds, audio):
-    """Each prompt's own waveforms by their CLAP similarity to it, best first.
-
-    embeds (n, projection_dim), audio (n * takes, samples), by prompt -> (order, scores), (n * takes,) each: the indices
-    into audio, by prompt and then from best to worst, and the cosines in that order.
-    """
-    heard = encode_audio(cfg, params, audio, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
-    scores = np.einsum("ntd,nd->nt", heard, embeds)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    first = np.arange(len(embeds))[:, None] * heard.shape[1]
-    return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
-
-
-def prepared(cfg, params, as_tensor=Tensor.from_numpy):
-    """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
-
-    What was prepared before stays as it is, and on another device than a CPU all does: Conv2D takes it. `generate` does
-    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params
-    takes none of these.
-    as_tensor: makes a Tensor of each new array
-    """
-    if checkpoints.use_device(cfg) != "CPU":
-        return params
-    exact = layers.products_are_exact()
-
-    def prepare(name, x):
-        if x.ndim < 4 or x.shape[2:] == (1, 1):
-            return x
-        array = x.asnumpy()  # MindSpore's operators one by one would take seconds the first time
-        if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
-            array = layers.gathered_weight(array)
-        else:  # a large weight is for an image of few tiles
-            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 20 else 2)
-            array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
-        return as_tensor(np.ascontiguousarray(array))
-
-    return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
-
-
-@one_at_a_time
-def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, kept=None):
-    """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
-
-    embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
-    noise, sampling, callback: as in `generate`, noise as an iterator
-    known (n or 1, 8, h, w): latents to start from, as far as sampling["strength"] leaves them and where `kept`, bool
-        (h,), says so to come back to
-    Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
-    the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
-    """
-    make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
-    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
-    p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
-    checkpoints.release(params)  # the text tower and what was prepared have done their work
-    unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
-    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
-
-    def eps_fn(x, t):
-        timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
-        return guided_noise(x, timestep, embeds, scale, p, unet_cfg, loop)
-
-    steps, strength = sampling["num_inference_steps"], sampling["strength"]
-    timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
-    predict, alphas = eps_fn, alphas_cumprod(cfg["schedule"])
-    if known is not None:
-        kept = kept[:, None]
-        x = np.where(kept | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
-        if kept.any():
-            known = to_tensor(cfg, known.transpose(0, 2, 3, 1))
-            predict = keeping(eps_fn, known, to_tensor(cfg, kept[:, None]), alphas)
-    noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
-    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
-    on_cpu = checkpoints.use_device(cfg) == "CPU"
-    for i, x in enumerate(sample(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
-        called = callback is not None and i % sampling["callback_steps"] == 0
-        if called or on_cpu or i == len(timesteps) - 1:
-            latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
-        if called:
-            callback(i, int(timesteps[i]), latents.copy())
-    checkpoints.release(params)
-    return latents
-
-
-@one_at_a_time
-def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None):
-    """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
-
-    x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
-    original (n or 1, samples): music to start from, which stays but for the parts that are to be made anew
-    """
-    samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
-    known = kept = None
-    if original is not None:
-        share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
-        known = encode_latents(cfg, params, np.atleast_2d(original), cfg["vocoder"]["sampling_rate"])
-        a_row = math.prod(cfg["vocoder"]["upsample_rates"]) * 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
-        kept = np.pad(share, (0, size[1] * a_row - samples), mode="edge").reshape(-1, a_row).max(axis=1) == 0
-    latents = denoise(cfg, params, x, embeds, noise, sampling, callback, known, kept)
-    if sampling["output_type"] == "latent":
-        return latents
-    mel = decode_latents(cfg, params, latents, sampling["loop"])
-    if sampling["output_type"] == "mel":
-        return mel
-    audio = vocode(cfg, params, mel, sampling["loop"])[:, :samples]
-    return audio if original is None else share * audio + (1 - share) * original
-
-
-def extended(cfg, audio, seconds, make):
-    """Waveforms (n, samples) with seconds of music after their end, or before their start if they are below 0.
-
-    make(i, known, part): the i-th window, of the checkpoint's own length, from known (n, its samples) but for the part
-        [start, end] in seconds. What is known is half a window at most, but for the fade at its end.
-    """
-    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
-    ahead = slice(None, None, 1 if seconds > 0 else -1)  # below 0 all is done backwards
-    audio, wanted = audio[:, ahead], audio.shape[1] + round(abs(seconds) * rate)
-    for i in range(window_count(cfg, audio.shape[1], seconds)):
-        context = min(audio.shape[1], window // 2)
-        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, ahead]
-        start = context / rate - FADE
-        made = make(i, known, [start, window / rate] if seconds > 0 else [0, window / rate - start])
-        audio = np.concatenate((audio[:, :-context], made[:, ahead]), axis=1)
-    return audio[:, :wanted][:, ahead]
-
-
-def window_count(cfg, samples, seconds):
-    """How many windows `extended` takes for audio of so many samples."""
-    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
-    more = round(abs(seconds) * rate) - (window - min(samples, window // 2))  # after the first of them
-    return 1 + max(0, math.ceil(more / (window - window // 2)))
-
-
-@one_at_a_time
-def generate(cfg, prompt=None, params=None, **options):
-    """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
-
-    params: what weights.load_params(cfg) returned; None loads them for this call
-    options: any key of cfg["sampling"], for this call, where `seed` may also be a list of one a waveform, and
-        prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
-        audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
-        init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
-            parts; with `extend` the same and more of it
-        latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-        noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
-        callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
-            latents in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait
-            for another thread that does: threads compute one at a time
-    With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
-    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
-    seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
-    both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
-    Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
-    """
-    prompt_embeds, negative_embeds, audio_prompt, x, noise, callback = map(options.get, (
-        "prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback"))
-    if prompt_embeds is not None:
-        if prompt is not None or audio_prompt is not None:
-            raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
-        prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
-        conditions = [row.tobytes() for row in prompt_embeds]
-    else:
-        audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
-        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
-    n = len(conditions)
-    sampling = checked_options(cfg, options, n)
-    negative = sampling["negative_prompt"]
-    if negative_embeds is not None:
-        if negative is not None:
-            raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
-        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
-    if callback is not None and not callable(callback):
-        raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
-    original, sampling = read_init_audio(cfg, options.get("init_audio"), sampling)
-    guided, takes, steps, extend = (sampling[name] for name in (
-        "guidance_scale", "num_waveforms_per_prompt", "num_inference_steps", "extend"))
-    guided, (_, size) = guided > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
-    shape = (n * takes, *size)
-    check_memory(cfg, shape, guided)
-    if extend and not (x is None and noise is None):
-        raise InputError("latents or noise stand beside extend; valid: a seed")
-    seeds = take_seeds(sampling["seed"], conditions, takes)
-    x = None if x is None else checked_array("latents", x, shape)
-    noise = None if noise is None else checked_array("noise", noise, (steps, *shape))
-    if params is None:
-        params = checkpoints.load_params(cfg)
-
-    if prompt_embeds is None:
-        heard = None if audio_prompt is None else encode_audio(cfg, params, *audio_prompt)
-        prompt_embeds = prompt_vectors(cfg, params, prompt, heard, sampling["audio_prompt_weight"])
-    if guided and negative_embeds is None:
-        negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
-                                        [negative or ""] * n)
-    embeds = np.concatenate((negative_embeds, prompt_embeds)) if guided else prompt_embeds
-    embeds = np.repeat(embeds, takes, axis=0)
-
-    def draw(window):
-        first = window * (steps + 1)
-        return standard_normal(seeds, first, size), (standard_normal(seeds, first + i + 1, size) for i in range(steps))
-
-    def make(window, known, part):
-        done = window * len(scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"]))
-        counted = callback and (lambda step, *more: callback(done + step, *more))
-        return render(cfg, params, *draw(window), embeds, {**sampling, "repaint": [part]}, counted, known)
-
-    if extend:
-        result = extended(cfg, np.repeat(original[None], n * takes, axis=0), extend, make)
-    else:
-        drawn = draw(0)
-        result = render(cfg, params, drawn[0] if x is None else x, drawn[1] if noise is None else iter(noise), embeds,
-                        sampling, callback, original)
-    if sampling["output_type"] != "np" or takes == 1:
-        return result
-    return result[rank(cfg, params, prompt_embeds, result)[0]]
-
-
-# ------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 def numbered(path, name):
     """The path with a number, or several, before its ending."""
@@ -1430,7 +1297,7 @@ def spectrogram_bytes(mel, seconds):
     caption = f"{seconds:.2f} s ({len(mel)} frames) x {mel.shape[1]} mel bands, log {low:.1f} to {high:.1f}"
     ImageDraw.Draw(page).text((4, picture.height + 2), caption, fill="black")
     buffer = io.BytesIO()
-    page.save(buffer, "PNG")
+    page.quantize(64).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -1522,7 +1389,8 @@ def parse_arguments(argv):
                         help="a clip that repeats without a seam")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any other config key")
     parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
-    parser.add_argument("--weights", metavar="DIR|HUB-ID|random", help="checkpoint folder, hub id or random weights")
+    parser.add_argument("--weights", metavar="DIR|HUB-ID|demo|random",
+                        help="checkpoint folder, hub id, the folder beside this file, or random weights")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
     parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending")
     parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram")
@@ -1716,7 +1584,8 @@ def run(argv, keep_graphs):
     say = (lambda text: None) if args.quiet else print_line
     plan = planned(args)
     cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]
-    say(f"weights {cfg['weights']}, device {checkpoints.device_in_words(cfg)}, {cfg['dtype']}; {seconds:g} s, "
+    weights = min(cfg["weights"], os.path.relpath(cfg["weights"]), key=len)
+    say(f"weights {weights}, device {checkpoints.device_in_words(cfg)}, {cfg['dtype']}; {seconds:g} s, "
         f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, "
         f"eta {sampling['eta']:g}, seed {sampling['seed']}")
     if cfg["weights"] == checkpoints.RANDOM:

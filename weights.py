@@ -1,4 +1,4 @@
-"""Checkpoints: a folder in diffusers' layout becomes a configuration and a tree of MindSpore tensors, and back.
+"""Checkpoints and configuration: a folder in diffusers' layout becomes a plain dict and a tree of tensors, and back.
 
 Everything odd about a checkpoint ends here: dtypes, shards, weight norm and buffers. The models in musicldm.py see
 only nested dicts under the checkpoint's own names, and tensors in its shapes: the path to one, joined by dots, is its
@@ -6,10 +6,12 @@ name in the file. A number stays with the word before it (`params["unet"]["down_
 a MindSpore graph takes dicts at most six deep.
 """
 import contextlib
+import difflib
 import functools
 import json
 import math
 import mmap
+import numbers
 import os
 import pathlib
 import re
@@ -21,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mindspore
 import numpy as np
 import safetensors.numpy
+import yaml
 from mindspore import Tensor
 
 import layers
@@ -35,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/to
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in an old VAE
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
-RANDOM = "random"
+RANDOM, DEMO = "random", "demo"
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 # The classes upstream that compute with what is in each folder of a checkpoint.
@@ -116,13 +119,16 @@ class InputError(ValueError):
     """Something passed in is unusable; the message is one line that names it and says what would be valid."""
 
 
-# ---------------------------------------------------------------------------------------------------- folders, config
+# ------------------------------------------------------------------------------------------------------------ folders
 
 def find_weights(weights, quiet=False):
-    """A folder path, a Hugging Face hub id or "random" -> the folder as str, or "random". Hub files are fetched.
+    """A folder path, a hub id, "demo" (beside this file) or "random" -> the folder as str, or "random".
 
-    Of each model the float32 files, or where there are none those of the variant fp16. quiet: without progress bars.
+    Hub files are fetched: of each model the float32 files, or where there are none those of the variant fp16.
+    quiet: without progress bars
     """
+    if weights == DEMO:
+        weights = str(pathlib.Path(__file__).with_name(DEMO))
     if weights == RANDOM or os.path.isdir(weights):
         return weights
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
@@ -342,6 +348,145 @@ def check_architecture(cfg):
     problem = next(rules(), None)
     if problem:
         raise InputError(problem)
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
+CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
+           "sampling.output_type": ("np", "mel", "latent")}
+OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
+RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
+          "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
+          "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
+          "sampling.audio_prompt_weight": (0, 1), "sampling.strength": (0.001, 1)}
+
+
+def unknown(kind, name, valid):
+    """An InputError about a name that is not among the valid ones, with the nearest of them."""
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {kind} {shown(name)}: {hint}valid: {', '.join(valid)}")
+
+
+def fits(value, like):
+    """Whether `value` has the type of `like`; an integer passes for a float, and a list is not empty."""
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(like, bool) and isinstance(value, bool)
+    if isinstance(like, int):
+        return isinstance(value, numbers.Integral)
+    if isinstance(like, float):
+        return isinstance(value, numbers.Real) and -1e30 < value < 1e30  # neither NaN nor Inf
+    if isinstance(like, list):
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(fits(item, like[0]) for item in value)
+    return isinstance(value, type(like))
+
+
+def checked_value(name, value, default):
+    """`value` as the type of `default`, within the range or choices of its name; else an InputError."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None and name in OPTIONAL:
+        return None
+    default = OPTIONAL.get(name, default)
+    if isinstance(default, float) and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.)?\d+e[-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-5 and 1.5e5 as text
+    if name == "sampling.negative_prompt":
+        valid = "null, a text, or a list of texts, one a prompt"
+        ok = value is None or fits(value, "") or fits(value, [""])
+    elif name == "sampling.repaint":
+        valid = "a list of parts, each [start, end] in seconds"
+        ok = not value or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
+    elif name == "unet.attention_head_dim":
+        valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
+    elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
+        return [checked_value(name, seed, default) for seed in value]
+    else:
+        kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
+        valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
+    choices = tuple(SCHEDULERS.values()) if name == "sampling.scheduler" else CHOICES.get(name)
+    if ok and choices:
+        valid, ok = ", ".join(choices), value in choices
+    if ok and name in RANGES:
+        low, high = RANGES[name]
+        valid, ok = f"{low} or more" if high == math.inf else f"{low} to {high}", low <= value <= high
+    if not ok:
+        raise InputError(f"{name} is {shown(value)}; valid: {valid}")
+    return float(value) if isinstance(default, float) else value
+
+
+def merged(base, new, prefix=""):
+    """`base` with the values of `new`, an equally nested dict, checked against it; neither is changed."""
+    if not isinstance(new, dict):
+        name = prefix.rstrip(".") or "the configuration"
+        raise InputError(f"{name} is {shown(new)}; valid: a mapping of {', '.join(base)}")
+    result = dict(base)
+    for key, value in new.items():
+        if key not in base:
+            raise unknown("config key", f"{prefix}{key}", [prefix + name for name in base])
+        result[key] = (merged(base[key], value, f"{prefix}{key}.") if isinstance(base[key], dict)
+                       else checked_value(f"{prefix}{key}", value, base[key]))
+    return result
+
+
+def known_part(stated, base):
+    """What a config.json states of the keys that `base` has."""
+    return {key: known_part(stated[key], value) if isinstance(value, dict) else stated[key]
+            for key, value in base.items() if key in stated}
+
+
+def parse_yaml(text, where):
+    """The value of a YAML text; an InputError that begins with `where` if it has none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers raise ValueError
+        raise InputError(f"{where}: {one_line(error)}") from None
+
+
+def read_yaml(path):
+    """The content of a YAML file, {} if it is empty; an InputError if it cannot be read."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config: cannot read {path}: {one_line(error)}") from None
+    tree = parse_yaml(text, f"config: cannot read {path}")
+    return {} if tree is None else tree
+
+
+def parse_override(text):
+    """ "unet.norm_eps=1" -> {"unet": {"norm_eps": 1}}."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"override {shown(text)}; valid: key=value, such as sampling.seed=3")
+    tree = parse_yaml(value, f"override {shown(text)}")
+    for key in reversed(name.strip().split(".")):
+        tree = {key: tree}
+    return tree
+
+
+def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
+    """The configuration as a nested plain dict: the file, below the checkpoint's own config.json, below `overrides`.
+
+    path: a YAML file; keys it leaves out have the values of the config.yaml beside this module
+    weights: a checkpoint folder, a hub id, "demo" or "random"; None keeps the file's. What a checkpoint's files leave
+        out has the reference's default
+    overrides: texts like "sampling.seed=3", the value in YAML
+    quiet: no progress bars while a hub id is fetched
+    Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
+    """
+    changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
+    cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
+    folder = find_weights(functools.reduce(merged, changes, cfg)["weights"], quiet)
+    if folder != RANDOM:
+        stated, published = read_config_files(folder), read_yaml(DEFAULT_CONFIG)
+        cfg = {**cfg, **merged({section: published[section] for section in stated},
+                               {section: known_part(stated[section], published[section]) for section in stated})}
+        if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
+            name = SCHEDULERS[stated["schedule"]["_class_name"]]
+            cfg["sampling"] = {**cfg["sampling"], "scheduler": name}
+    cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
+    check_architecture(cfg)
+    load_vocabulary(cfg)  # refused now rather than when the first prompt is read
+    return cfg
 
 
 # --------------------------------------------------------------------------------------------------------- vocabulary

@@ -55,10 +55,16 @@ def test_the_spectrum_of_noise_and_of_a_tone():
 
 
 def test_a_scale_has_a_key_and_all_notes_have_none():
-    assert evaluate.key_clarity(tones(SCALE)) > 0.75
-    assert evaluate.key_clarity(tones(range(12))) < 0.5
-    assert evaluate.key_clarity(tones([note + 5 for note in SCALE])) == pytest.approx(
-        evaluate.key_clarity(tones(SCALE)), abs=0.1)
+    (found, clear), (moved, as_clear) = (evaluate.key(tones([note + by for note in SCALE])) for by in (0, 5))
+    assert clear > 0.75 and as_clear == pytest.approx(clear, abs=0.1) and evaluate.key(tones(range(12)))[1] < 0.5
+    assert found == (0, "major") and moved == (5, "major")
+
+
+def test_a_jump_is_rougher_than_the_rest():
+    audio = np.sin(2 * np.pi * 440 * T)
+    assert evaluate.roughness(audio, [16000, 80000]) == pytest.approx(1, abs=0.01)
+    audio[80000:] += 0.1
+    assert evaluate.roughness(audio, [16000]) < 1.01 and evaluate.roughness(audio, [80100]) > 3
 
 
 def test_the_nearest_style_counts_each_feature_by_its_spread():
@@ -112,6 +118,18 @@ def test_a_whole_evaluation(tracks, params, monkeypatch):
     assert found["model"] != found["random"] and found["model"]["Frechet distance"] > 0
     text = evaluate.table(found)
     assert text.splitlines()[0] == "|  | corpus | ceiling | model | led | random |" and "nan" not in text
+
+
+def test_music_in(tracks, params, monkeypatch):
+    monkeypatch.setattr(evaluate, "SECONDS", 0.64)
+    prompts = [{"prompt": style, "style": style} for style in ("drums alone", "string ensemble")]
+    given = [{**track, "key": "C", "tempo": 100} for track in tracks]
+    cfg = golden_config("sampling.num_inference_steps=5", "unet.sample_size=16")
+    found = evaluate.music_in(cfg, params, given, prompts, say=lambda text: None)
+    assert [*found] == ["strength 0.2", "strength 0.5", "strength 0.8", "repainted", "extended"]
+    distances = [found[row]["distance to the clip"] for row in found]
+    assert distances[4] < distances[3] < distances[2] and distances[0] < distances[1] < distances[2]
+    assert math.isnan(found["strength 0.5"]["roughness of joins"]) and found["extended"]["roughness of joins"] > 0
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -476,6 +476,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path, 
     before, inputs = (out / "state.safetensors").read_bytes(), train.clap_inputs
     monkeypatch.setattr(train, "clap_inputs", lambda *given: inputs(*given) * np.float32(np.nan))
     with pytest.raises(InputError, match="the loss of text_encoder is .* norm nan at step 81; .*: lower learning_rate"):
-        train.train("clap", corpus, out, "random", runs["clap"][0].parents[1] / "tiny.yaml", overrides("clap"), STEPS["clap"] + 3, 4,
-                    say=lambda text: None)
+        train.train("clap", corpus, out, "random", runs["clap"][0].parents[1] / "tiny.yaml", overrides("clap"),
+                    STEPS["clap"] + 3, 4, say=lambda text: None)
     assert (out / "state.safetensors").read_bytes() == before

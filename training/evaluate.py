@@ -2,7 +2,7 @@
 
     python training/evaluate.py --weights DIR --data CORPUS [--rows model,corpus] [--seeds 3] [--out FILE.json]
 
-prints a table, and JSON, of the prompts of corpus.evaluation_prompts, in phrasings that training never saw, and of the
+prints a table of the prompts of corpus.evaluation_prompts, in phrasings that training never saw, and of the
 corpus's validation split. The rows:
     corpus   the validation clips themselves
     ceiling  the same through the VAE and the vocoder: the UNet can do no better
@@ -82,14 +82,18 @@ def flatness(audio):
     return float(np.mean(np.exp(np.log(power).mean(1)) / power.mean(1)))
 
 
-def key_clarity(audio):
-    """The best correlation of how loud each of the 12 notes is with the profile of one of the 24 keys, up to 1."""
+def key(audio):
+    """(0 to 11 from C upwards, mode) of the key whose profile is most like how loud each note is, and that correlation.
+    """
     s = spectrogram(audio, 4096, 1024).sum(0)
     frequencies = np.fft.rfftfreq(4096, 1 / RATE)
     heard = (frequencies > 60) & (frequencies < 2000)
     notes = np.round(12 * np.log2(frequencies[heard] / 440) + 9).astype(int) % 12
     chroma = np.bincount(notes, s[heard], 12) / np.bincount(notes, minlength=12)
-    return max(np.corrcoef(chroma, np.roll(profile, key))[0, 1] for profile in PROFILES.values() for key in range(12))
+    fits = {(tonic, mode): float(np.corrcoef(chroma, np.roll(profile, tonic))[0, 1])
+            for mode, profile in PROFILES.items() for tonic in range(12)}
+    best = max(fits, key=fits.get)
+    return best, fits[best]
 
 
 def style_features(audio):
@@ -100,10 +104,24 @@ def style_features(audio):
     return np.concatenate([mel.mean(0), mel.std(0), np.abs(np.diff(mel, axis=0)).mean(0)])
 
 
-def nearest_style(features, known):
-    """The style whose mean of `known` {style: (clips, 192)} is nearest, each feature in units of its own spread."""
+def style_distances(features, known):
+    """{style: distance to the mean of `known` {style: (clips, 192)}, each feature in units of its own spread}."""
     spread = np.concatenate([x - x.mean(0) for x in known.values()]).std(0)
-    return min(known, key=lambda style: np.linalg.norm((features - known[style].mean(0)) / spread))
+    return {style: float(np.linalg.norm((features - x.mean(0)) / spread)) for style, x in known.items()}
+
+
+def nearest_style(features, known):
+    """The style with the least of `style_distances`."""
+    distances = style_distances(features, known)
+    return min(distances, key=distances.get)
+
+
+def roughness(audio, places, width=320):
+    """The largest second difference within `width` samples of some places, over the 0.999 quantile of all others."""
+    bend, near = np.abs(np.diff(audio, 2)), np.zeros(len(audio) - 2, bool)
+    for place in places:
+        near[max(0, place - width):place + width] = True
+    return float(bend[near].max() / np.quantile(bend[~near], 0.999))
 
 
 # ------------------------------------------------------------------------------------------------------ by CLAP vectors
@@ -189,7 +207,7 @@ def judge(made, real, known, vectors, read):
         "percussive, drums": mean(drums), "percussive, strings": mean(strings),
         "drums / strings": mean(drums) / mean(strings),
         "centroid, octaves off": mean(np.abs(shapes[:, 0])), "flatness, octaves off": mean(np.abs(shapes[:, 1])),
-        "key clarity": mean([key_clarity(audio) for style, (_, audio) in zip(styles, made) if style != "drums alone"]),
+        "key clarity": mean([key(audio)[1] for style, (_, audio) in zip(styles, made) if style != "drums alone"]),
         "Frechet distance": frechet_distance(own, vectors["validation"]),
         "text-audio cosine": mean((own * read).sum(1)) if read is not None else math.nan,
         "SIM_AA@90": share_near(own, vectors["training"], 0.90),
@@ -228,6 +246,38 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, say=print):
     return result
 
 
+def music_in(cfg, params, tracks, prompts, say=print):
+    """{row: {measure: number}} of what is made from eight validation clips, each of another style.
+
+    A variation is asked for the next clip's style. What is repainted is the middle, three fifths of a clip; what is
+    added is twice a clip. The new part's tempo is compared with that of the clip's notes, its key with the clip's.
+    """
+    originals = [track for track in of_each_style(data.of_split(tracks, "validation"), 1) if track["key"]][:8]
+    asked = {prompt["style"]: prompt["prompt"] for prompt in prompts}
+    known = {style: np.array([style_features(data.crop(track, 0, SECONDS, RATE)) for track in of_each_style(
+        [x for x in data.of_split(tracks, "train") if x["style"] == style], 40)]) for style in asked}
+    begin, end = 0.2 * SECONDS, 0.8 * SECONDS
+    rows = {**{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
+            "repainted": {"repaint": [[begin, end]]}, "extended": {"extend": 2 * SECONDS}}
+    result = {}
+    for row, options in rows.items():
+        found = []
+        for i, track in enumerate(originals):
+            clip = data.crop(track, 0, SECONDS, RATE).astype(np.float32)
+            style = originals[(i + 1) % len(originals)]["style"] if "strength" in options else track["style"]
+            audio, = musicldm.generate(cfg, asked[style], params, init_audio=(clip, RATE), seed=i, **options)
+            new = audio[round(begin * RATE):round(end * RATE)] if row == "repainted" else audio[-len(clip):]
+            places = {"repainted": [round(begin * RATE), round(end * RATE)], "extended": [len(clip)]}.get(row, [])
+            mels = [musicldm.log_mel(cfg["vocoder"], x[:len(clip)]) for x in (audio, clip)]
+            found.append({"distance to the clip": float(((mels[0] - mels[1]) ** 2).mean() ** 0.5),
+                          "distance to the style": style_distances(style_features(audio[-len(clip):]), known)[style],
+                          "tempo kept": same_tempo(tempo(new), track["tempo"]), "key kept": key(new)[0] == key(clip)[0],
+                          "roughness of joins": roughness(audio, places) if places else math.nan})
+        result[row] = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+        say(f"{row}: {json.dumps(result[row])}")
+    return result
+
+
 def table(result):
     """The result in Markdown: a line a measure, a column a row."""
     lines = [["", *result], ["---"] * (len(result) + 1)]
@@ -250,6 +300,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="takes of each prompt, 3")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config.yaml, such as "
                         "sampling.num_inference_steps=50")
+    parser.add_argument("--music-in", action="store_true", help="instead: of variation, repainting and continuation")
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     try:
         args = parser.parse_args(argv)
@@ -259,8 +310,12 @@ def main(argv=None):
         tracks = data.read_manifest(args.data)
         cfg = musicldm.load_config(weights=args.weights, overrides=args.set)
         params = checkpoints.load_params(cfg)
-        result = evaluate(cfg, params, tracks, corpus.evaluation_prompts(), rows, args.seeds,
-                          lambda text: print(text, file=sys.stderr, flush=True))
+        def say(text):
+            print(text, file=sys.stderr, flush=True)
+
+        prompts = corpus.evaluation_prompts()
+        result = (music_in(cfg, params, tracks, prompts, say) if args.music_in else
+                  evaluate(cfg, params, tracks, prompts, rows, args.seeds, say))
         if args.out:
             musicldm.write_files({pathlib.Path(args.out): json.dumps(result, indent=1).encode()})
     except InputError as error:

@@ -59,7 +59,7 @@ def stage_settings(stage, overrides=()):
     base = musicldm.read_yaml(DEFAULTS)[stage]
     settings = base
     for text in overrides:
-        settings = musicldm.merged(settings, musicldm.parse_override(text))
+        settings = checkpoints.merged(settings, checkpoints.parse_override(text))
     for name, value in settings.items():
         low, high = RANGES.get(name, (-math.inf, math.inf))
         if isinstance(value, (int, float)) and not low <= value <= high:
