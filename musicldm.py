@@ -40,8 +40,8 @@ from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_tr
                     encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
                     patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
                     upsampled)
-from weights import (DEFAULT_CONFIG, RANGES, InputError, byte_characters, checked_value, fits, load_config,
-                     load_vocabulary, one_at_a_time, read_yaml, shown, unknown)
+from weights import (DEFAULT_CONFIG, RANGES, InputError, byte_characters, checked_value, fits, heads_by_level,
+                     load_config, load_vocabulary, one_at_a_time, read_yaml, shown, unknown)
 
 FADE = 0.02  # seconds of a crossfade between what is kept and what is made anew
 FORMATS = (".wav", ".flac", ".ogg")
@@ -79,7 +79,7 @@ def unet(x, timestep, class_labels, p, cfg, loop):
     """
     channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
                                      cfg["norm_eps"])
-    levels, heads, in_shape = len(channels), cfg["attention_head_dim"], x.shape
+    levels, heads, in_shape = len(channels), heads_by_level(cfg), x.shape
     shapes = pyramid(in_shape[:3], levels)
     embedding = linear(timestep, p["time_embedding"]["linear_1"])
     embedding = linear(ops.silu(embedding), p["time_embedding"]["linear_2"])
@@ -410,8 +410,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, 
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
     checkpoints.release(params)  # the text tower and what was prepared have done their work
-    unet_cfg, loop = frozen(cfg["unet"]), sampling["loop"]
-    unet_cfg["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
+    unet_cfg, loop = frozen({**cfg["unet"], "sample_size": None}), sampling["loop"]  # or another would compile anew
 
     def eps_fn(x, t):
         timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
@@ -490,8 +489,8 @@ def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None
     if original is not None:
         share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
         known = encode_latents(cfg, params, np.atleast_2d(original), cfg["vocoder"]["sampling_rate"])
-        a_row = math.prod(cfg["vocoder"]["upsample_rates"]) * 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
-        kept = np.pad(share, (0, size[1] * a_row - samples), mode="edge").reshape(-1, a_row).max(axis=1) == 0
+        share_by_row = np.pad(share, (0, size[1] * row_samples(cfg) - samples), mode="edge").reshape(size[1], -1)
+        kept = share_by_row.max(axis=1) == 0
     latents = denoise(cfg, params, x, embeds, noise, sampling, callback, known, kept)
     if sampling["output_type"] == "latent":
         return latents
@@ -781,7 +780,7 @@ def encode_latents(cfg, params, audio, sampling_rate=16000):
     if len({len(waveform) for waveform in waveforms}) > 1:
         raise InputError("audio holds waveforms of several lengths; valid: of one length")
     vocoder, p, vae, latents = cfg["vocoder"], mindspore.mutable(params["vae"]), frozen(cfg["vae"]), []
-    factor = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    factor = vae_factor(cfg)
     for waveform in waveforms:
         mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
         mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
@@ -1075,12 +1074,21 @@ def hifigan_reach(vocoder):
     return math.ceil(reach + 3 / rate)
 
 
+def vae_factor(cfg):
+    """How many frames, and how many bands, one row or column of latents stands for."""
+    return 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+
+
+def row_samples(cfg):
+    """The samples of a waveform that one row of latents stands for; published 640."""
+    return math.prod(cfg["vocoder"]["upsample_rates"]) * vae_factor(cfg)
+
+
 def own_length(cfg):
     """The seconds that a checkpoint was trained on: of its UNet's sample_size rows of latents."""
-    hop, factor = math.prod(cfg["vocoder"]["upsample_rates"]), 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
     if cfg["unet"]["sample_size"] is None:
         raise InputError("unet/config.json states no sample_size; valid: sampling.audio_length_in_s (--seconds)")
-    return cfg["unet"]["sample_size"] * factor * hop / cfg["vocoder"]["sampling_rate"]
+    return cfg["unet"]["sample_size"] * row_samples(cfg) / cfg["vocoder"]["sampling_rate"]
 
 
 def clip_size(cfg, seconds, loop=False):
@@ -1088,13 +1096,12 @@ def clip_size(cfg, seconds, loop=False):
 
     A loop is rounded to what the UNet's coarsest level divides by, so that every level can repeat itself.
     """
-    hop, factor = math.prod(cfg["vocoder"]["upsample_rates"]), 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
-    samples = round(seconds * cfg["vocoder"]["sampling_rate"])
-    height, width = math.ceil(samples / (hop * factor)), cfg["vocoder"]["model_in_dim"] // factor
+    samples, row = round(seconds * cfg["vocoder"]["sampling_rate"]), row_samples(cfg)
+    height, width = math.ceil(samples / row), cfg["vocoder"]["model_in_dim"] // vae_factor(cfg)
     if loop:
         coarsest = 2 ** (len(cfg["unet"]["block_out_channels"]) - 1)
-        height = max(1, round(samples / (hop * factor * coarsest))) * coarsest
-        samples = height * factor * hop
+        height = max(1, round(samples / (row * coarsest))) * coarsest
+        samples = height * row
     return samples, (cfg["unet"]["in_channels"], height, width)
 
 

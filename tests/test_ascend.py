@@ -252,7 +252,7 @@ def recorded(cfg, seconds, n, loop=False):
     dtype, found = weights.tensor_dtype({**cfg, "device": "CPU"} if cfg["dtype"] != "bfloat16" else cfg), {}
     text, audio, vae = map(musicldm.frozen, (*(cfg["text_encoder"][f"{kind}_config"] for kind in ("text", "audio")),
                                              cfg["vae"]))
-    unet = {**musicldm.frozen(cfg["unet"]), "attention_head_dim": weights.heads_by_level(cfg["unet"])}
+    unet = musicldm.frozen(cfg["unet"])
     (channels, h, w), side = musicldm.clip_size(cfg, seconds, loop)[1], audio["spec_size"]
     frames, length = 4 * h, musicldm.padded_length(cfg, 10 ** 6)
     frames = min(frames + loop * 2 * musicldm.hifigan_reach(cfg["vocoder"]), 1024)

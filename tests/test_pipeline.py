@@ -80,14 +80,14 @@ def test_takes_count_up_the_seed_and_each_equals_itself_alone(params, alone):
 
 @pytest.mark.filterwarnings("ignore:a prompt is longer")
 def test_takes_are_ranked_within_their_prompt(params, alone):
-    cfg, seeds = golden_config(), [2, 3, 0, 1]
+    cfg, seeds = golden_config(), [1, 0, 2, 3]
     ranked = musicldm.generate(cfg, TAKES, params, **SHORT, eta=1.0, seed=seeds, num_waveforms_per_prompt=2)
     wanted = []
     for prompt, own in zip(TAKES, (seeds[:2], seeds[2:])):
         scores = musicldm.score(cfg, params, prompt, [alone[prompt, seed][1] for seed in own])[0]
         assert abs(scores[0] - scores[1]) > 1e-3  # rounding cannot swap them
         wanted += [(prompt, own[i]) for i in np.argsort(-scores)]
-    assert [seed for _, seed in wanted] == [2, 3, 1, 0]
+    assert [seed for _, seed in wanted] == [0, 1, 2, 3]
     for audio, run in zip(ranked, wanted, strict=True):
         assert relative_error(audio, alone[run][1]) < 2e-4
 
@@ -193,7 +193,7 @@ def test_interpolation_goes_along_the_great_circle():
     assert np.array_equal(musicldm.interpolate(start, end, 1), [start])
 
 
-@pytest.mark.parametrize("seconds, samples", [(0.04, 5120), (0.47, 5120), (0.49, 10240), (10.24, 163840), (60, 962560)])
+@pytest.mark.parametrize("seconds, samples", [(0.04, 2560), (0.39, 5120), (0.41, 7680), (10.24, 163840), (60, 960000)])
 def test_loops_are_rounded_to_the_coarsest_level(seconds, samples):
     assert musicldm.clip_size(golden_config(), seconds, loop=True) == (samples, (8, samples // 640, 4))
 
@@ -202,7 +202,7 @@ def test_loops_are_rounded_to_the_coarsest_level(seconds, samples):
 def test_a_shifted_loop_is_the_same_loop_later(eta, params):
     cfg, rng, results = golden_config("sampling.loop=true"), np.random.default_rng(0), []
     latents, noise = rng.standard_normal((1, 8, 24, 4)), rng.standard_normal((2, 1, 8, 24, 4))
-    for shift in (0, 8, 16):  # the UNet's coarsest level has a row for 8 of the latents, a latent row 640 samples
+    for shift in (0, 8, 16):  # the UNet's coarsest level has a row for 4 of the latents, a latent row 640 samples
         steps = []
         audio = musicldm.generate(cfg, "a", params, audio_length_in_s=0.9, num_inference_steps=2, eta=eta,
                                   latents=np.roll(latents, shift, 2), noise=np.roll(noise, shift, 3),
@@ -343,9 +343,9 @@ def test_two_configurations_share_arrays(params):
 
 
 def test_numbers_of_numpy_are_numbers(params):
-    options = {"audio_length_in_s": 0.32, "num_inference_steps": 2, "guidance_scale": 2.5, "loop": True, "seed": 7}
+    options = {"audio_length_in_s": 0.96, "num_inference_steps": 2, "guidance_scale": 2.5, "loop": True, "seed": 7}
     kinds = {int: np.int64, float: np.float32, bool: np.bool_}
-    options["audio_length_in_s"] = float(np.float32(0.32))
+    options["audio_length_in_s"] = float(np.float32(0.96))
     same = {name: kinds[type(value)](value) for name, value in options.items()}
     assert np.array_equal(musicldm.generate(golden_config(), "a", params, **same, output_type=np.str_("latent")),
                           musicldm.generate(golden_config(), "a", params, **options, output_type="latent"))

@@ -326,9 +326,9 @@ def test_audio_without_a_key_equals_the_reference(checkpoint, params, name):
     del stated[key]
     (checkpoint / path).write_text(json.dumps(stated))
     cfg = musicldm.load_config(weights=checkpoint)
-    audio = musicldm.generate(cfg, CASES["guided"]["prompt"], params, num_inference_steps=3, audio_length_in_s=0.12,
+    audio = musicldm.generate(cfg, CASES["guided"]["prompt"], params, num_inference_steps=3, audio_length_in_s=0.32,
                               negative_prompt=CASES["guided"]["negative_prompt"], latents=LEFT_OUT["in_latents"])
-    assert relative_error(audio, LEFT_OUT[name]) < 2e-4
+    assert relative_error(audio[:, :1920], LEFT_OUT[name]) < 2e-4
 
 
 @pytest.mark.parametrize("name, key, default", [

@@ -38,6 +38,7 @@ import losses
 import mixup
 import musicldm
 import weights as checkpoints
+from musicldm import vae_factor
 from weights import InputError
 
 DEFAULTS = pathlib.Path(__file__).with_name("config.yaml")
@@ -249,10 +250,6 @@ def frame_count(cfg, seconds, multiple=1):
     return max(1, round(seconds * cfg["vocoder"]["sampling_rate"] / hop / multiple)) * multiple
 
 
-def vae_factor(cfg):
-    return 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
-
-
 def random_waveforms(cfg, tracks, n, frames, rng):
     """np.float32 (n, frames * 160): crops of n tracks at the vocoder's rate."""
     rate, hop = cfg["vocoder"]["sampling_rate"], math.prod(cfg["vocoder"]["upsample_rates"])
@@ -446,7 +443,6 @@ def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None
     examples = kept_examples(folder / "examples.npz",
                              lambda: make_examples(cfg, params, settings, tracks, seed, say))
     network, unet = make_network(trained(params["unet"])), musicldm.frozen(cfg["unet"])
-    unet["attention_head_dim"] = checkpoints.heads_by_level(cfg["unet"])
     tree = network.tree
     rows = frame_count(cfg, settings["crop"], vae_factor(cfg)) // vae_factor(cfg)
     long_enough = [i for i, x in enumerate(examples["latents"]) if len(x) >= rows]
