@@ -1,19 +1,16 @@
-"""The leaves and blocks that MusicLDM's models are built from, as pure MindSpore functions.
+"""The layers and blocks that MusicLDM's models are built from, as pure MindSpore functions.
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
-sequence, P positions of all N (N * H * W or N * L), C channels, I and O channels into and out of a layer, K taps of a
-convolution, KH and KW its kernel's height and width, D channels of an attention head, M queries, E channels of the
-embedding of time and class.
-Activations are rows, one a position: an image is (P, C) beside its shape (N, H, W), a sequence (P, C) beside (N, L). A
-leaf returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds a layer. Layers take their
-arguments in one order: data, shape, conditioning, parameters, numbers; a convolution's geometry, which holds its shape
-and numbers, comes last.
+sequence, C channels, which come last: images are (N, H, W, C), sequences (N, L, C). I and O are channels into and out
+of a layer, K taps of a convolution, KH and KW its kernel's height and width, D channels of an attention head, E
+channels of the embedding of time and class, P positions of all N (N * H * W or N * L).
+A layer returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds it. Layers take their
+arguments in one order: data, conditioning, parameters, numbers.
 
-Some of the style is for MindSpore's compiler. It runs all that is in a graph symbolically for every new set of shapes,
-Python's own tuples, branches and loops too: milliseconds for arithmetic on a shape, for a keyword argument, for a
-tuple of numbers that `reshape` has not met, for the checks of a function in `ops` where there is a primitive. So
-activations of UNet, VAE and vocoder are hardly reshaped between layers, and shapes, indices and other constants come
-from constexpr functions, which are plain Python. CLAP's audio tower is written plainly.
+For who comes from PyTorch: MindSpore compiles what is under @mindspore.jit, and all that it calls, for each new set of
+shapes. It runs Python's own tuples, branches and loops in doing so. A @constexpr function is called by plain Python
+then, and what it returns is a constant of the graph. ops.X()(...) makes an operator and applies it; ops.x(...) does the
+same after checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there.
 """
 import functools
 import math
@@ -28,38 +25,183 @@ from mindspore.ops import constexpr
 BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or taps than this are computed by blocks
 
 
-def blocks(numbers):
-    """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
-    return -(-numbers // BLOCK)
-
-
 @constexpr
 def nth(name, number):
     """The checkpoint's name for one of several layers."""
     return f"{name}.{number}"
 
 
+# ----------------------------------------------------------------------------------------------- blocks of UNet and VAE
+
+def resnet(x, embedding, p, groups, eps, loop):
+    """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O).
+
+    embedding (N, E): silu of the embedding of time and class; None in the VAE
+    """
+    y = conv2d(ops.silu(group_norm(x, p["norm1"], groups, eps)), p["conv1"], loop)
+    if "time_emb_proj" in p:
+        y = y + at_positions(linear(embedding, p["time_emb_proj"]), y.shape).reshape(y.shape)
+    y = conv2d(ops.silu(group_norm(y, p["norm2"], groups, eps)), p["conv2"], loop)
+    return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
+
+
+def spatial_transformer(x, p, heads, groups):
+    """diffusers' Transformer2DModel (norm's eps 1e-6): x (N, H, W, C), attended to as H * W positions."""
+    y = conv1x1(group_norm(x, p["norm"], groups, 1e-6), p["proj_in"])
+    y = transformer_block(y.reshape(y.shape[0], -1, y.shape[3]), p["transformer_blocks.0"], heads)
+    return x + conv1x1(y.reshape(x.shape), p["proj_out"])
+
+
+def transformer_block(x, p, heads):
+    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N, L, C).
+
+    There is no text sequence, so attn2 attends to x as attn1 does.
+    """
+    x = x + attention(layer_norm(x, p["norm1"], 1e-5), p["attn1"], heads)
+    x = x + attention(layer_norm(x, p["norm2"], 1e-5), p["attn2"], heads)
+    y, gate = halves(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
+    return x + linear(y * gelu(gate), p["ff"]["net.2"])
+
+
+def image_attention(x, p, groups):
+    """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N, H, W, C)."""
+    y = group_norm(x, p["group_norm"], groups, 1e-6).reshape(x.shape[0], -1, x.shape[3])
+    return x + attention(y, p, heads=1).reshape(x.shape)
+
+
+def attention(x, p, heads):
+    """diffusers' Attention without its norm: x (N, L, C)."""
+    y = multi_head_attention(linear(x, p["to_q"]), linear(x, p["to_k"]), linear(x, p["to_v"]), None, heads)
+    return linear(y, p["to_out.0"])
+
+
+def conv2d(x, p, loop):
+    """3x3 convolution with padding 1: x (N, H, W, I) -> (N, H, W, O).
+
+    With `loop` the padding in time is the other end of the image.
+    """
+    return convolution(x, p, geometry2d(x.shape, 1, None, loop))
+
+
+def downsample(x, p, loop):
+    """`conv2d` with stride 2, which must divide H if it is a loop: (N, ceil(H / 2), ceil(W / 2), O)."""
+    return convolution(x, p, geometry2d(x.shape, 2, None, loop))
+
+
+def encoder_downsample(x, p):
+    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0)."""
+    return convolution(x, p, geometry2d(x.shape, 2, None, False, 0))
+
+
+def upsample(x, size, p, loop):
+    """`conv2d` of the image doubled (nearest neighbour) and cut to size (H_out, W_out): (N, H_out, W_out, O).
+
+    diffusers' Upsample2D with its `output_size`.
+    """
+    return convolution(x, p, geometry2d(x.shape, 1, size, loop))
+
+
+# ---------------------------------------------------------------------------------------------- blocks of CLAP's towers
+
+def bert_layer(x, mask, p, heads, eps):
+    """transformers' RobertaLayer (norms after the residuals): x (N, L, C), mask (N, 1, 1, L) added to the scores."""
+    y = bert_attention(x, mask, p["attention"], heads)
+    x = layer_norm(x + y, p["attention"]["output"]["LayerNorm"], eps)
+    y = bert_linear(gelu(bert_linear(x, p["intermediate"]["dense"])), p["output"]["dense"])
+    return layer_norm(x + y, p["output"]["LayerNorm"], eps)
+
+
+def bert_attention(x, bias, p, heads):
+    """transformers' RobertaAttention without its norm: x (N, L, C), bias as in `multi_head_attention`."""
+    q, k, v = (bert_linear(x, p["self"]["query"]), bert_linear(x, p["self"]["key"]), bert_linear(x, p["self"]["value"]))
+    return bert_linear(multi_head_attention(q, k, v, bias, heads), p["output"]["dense"])
+
+
+def swin_block(x, p, window, shift, heads, eps):
+    """transformers' ClapAudioLayer: x (N, size, size, C), each position attending to those in its window."""
+    n, size, _, c = x.shape
+    l, count = window * window, size * size // (window * window)
+    rows, inverse, places, parting = windows(size, window, shift)
+    y = layer_norm(x, p["layernorm_before"], eps).reshape(n, size * size, c)
+    y = ops.gather(y, rows, 1).reshape(n * count, l, c)
+    bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
+    # a product instead of a broadcast: its gradient, a sum over windows, is four times as fast
+    ones = ops.zeros((n * count, 1), bias.dtype) + 1
+    bias = ops.MatMul()(ones, bias.reshape(1, -1)).reshape(n, count, heads, l, l)
+    bias = bias + parting if shift else bias
+    y = bert_attention(y, bias.reshape(-1, heads, l, l), p["attention"], heads)
+    x = x + ops.gather(y.reshape(n, size * size, c), inverse, 1).reshape(x.shape)
+    y = gelu(linear(layer_norm(x, p["layernorm_after"], eps), p["intermediate"]["dense"]))
+    return x + linear(y, p["output"]["dense"])
+
+
+def relative_positions(window):
+    """For each pair of places in a window, the row of the table of biases: int (window ** 2, window ** 2)."""
+    y, x = np.divmod(np.arange(window * window), window)
+    return (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+
+
 @constexpr
-def as_rows(shape):
-    """The shape (P, C) of any (..., C), for `reshape`."""
-    return -1, shape[-1]
+def windows(size, window, shift):
+    """What attention in shifted windows (Liu et al., 2021, figure 4) reads, L = window * window, as Tensors.
+
+    The row of the flattened image (size * size) at each place of each window, and its inverse; the row of the table of
+    relative positions for each pair of places (L * L); and a bias (windows, 1, L, L) that parts what is no neighbour.
+    The image is rolled by `shift`, so that the last windows hold its first rows and columns too.
+    """
+    def split(image):
+        windowed = image.reshape(size // window, window, size // window, window).transpose(0, 2, 1, 3)
+        return windowed.reshape(-1, window * window)
+
+    rows = split(np.roll(np.arange(size * size).reshape(size, size), (-shift, -shift), (0, 1))).reshape(-1)
+    places = relative_positions(window)
+    wrapped = np.arange(size) >= size - shift
+    region = split(2 * wrapped[:, None] + wrapped)
+    bias = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference
+    return (*(Tensor(x.reshape(-1).astype(np.int32)) for x in (rows, np.argsort(rows), places)),
+            Tensor(bias.astype(np.float32)))
 
 
-def linear(x, p):
-    """x (P, I), weight (O, I), bias (O,) if there is one -> (P, O)."""
-    y = ops.MatMul(transpose_b=True)(x, p["weight"])
-    return ops.BiasAdd()(y, p["bias"]) if "bias" in p else y
+def patch_merging(x, p):
+    """transformers' ClapAudioPatchMerging: x (N, size, size, C) -> (N, size / 2, size / 2, 2 C)."""
+    n, size, _, c = x.shape
+    x = x.reshape(n, size // 2, 2, size // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(n, size // 2, size // 2, 4 * c)
+    return linear(layer_norm(x, p["norm"], 1e-5), p["reduction"])
 
 
-def conv1x1(x, p):
-    """x (P, I), weight (O, I, 1, 1) or another that flattens to (O, I), such as whole patches', bias (O,) -> (P, O)."""
-    return ops.BiasAdd()(ops.MatMul(transpose_b=True)(x, ops.Flatten()(p["weight"])), p["bias"])
+# --------------------------------------------------------------------------------------------------- blocks of HiFi-GAN
+
+def hifigan_block(x, p, kernel, dilations, slope):
+    """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
+    for i in range(len(dilations)):
+        y = conv1d(ops.leaky_relu(x, slope), p[nth("convs1", i)], kernel, dilations[i])
+        x = x + conv1d(ops.leaky_relu(y, slope), p[nth("convs2", i)], kernel, 1)
+    return x
 
 
-# -------------------------------------------------------------------------------------------------------- convolution
-# A geometry describes a convolution over images but for its weight: (N, input size, output size, kernel, stride,
-# dilation, padding, scale, loop). Sizes and the four after them are pairs (height, width). `scale` 2 reads the image as
-# if its pixels were doubled both ways and it was cut to the output's size; `loop` repeats it along H.
+def conv1d(x, p, kernel, dilation):
+    """x (N, L, I) -> (N, L, O), zero-padded to keep its length; weight (O, I, K), `kernel` is K, odd."""
+    p = {"weight": ops.ExpandDims()(p["weight"], -1), "bias": p["bias"]}
+    return convolution(x, p, geometry1d(x.shape, kernel, dilation)).reshape(x.shape[0], x.shape[1], -1)
+
+
+def conv_transpose1d(x, p, kernel, stride):
+    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, transposed_length, O).
+
+    As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
+    transposed one.
+    """
+    geometry, channels = geometry_transposed1d(x.shape, kernel, stride), p["bias"].shape[0]
+    bias = ops.broadcast_to(p["bias"].reshape(1, -1), (stride, channels)).reshape(-1)
+    phases = {"weight": polyphase_weight(p["weight"], kernel, stride), "bias": bias}
+    y = convolution(x, phases, geometry).reshape(x.shape[0], -1, channels)  # its last period is whole
+    return y[:, :transposed_length(x.shape[1], kernel, stride)]
+
+
+def transposed_length(length, kernel, stride):
+    """Of `conv_transpose1d`'s output."""
+    return (length - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
+
 
 def polyphase(kernel, stride):
     """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
@@ -72,45 +214,323 @@ def polyphase(kernel, stride):
     return first, first + 1 + (stride - 1 + padding) // stride
 
 
-def transposed_length(length, kernel, stride):
-    """Of `conv_transpose1d`'s output."""
-    return (length - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
+@constexpr
+def polyphase_layout(shape, stride):
+    """What sorts the taps of a transposed convolution's weight by phase, (K, phases * taps), and the shapes after."""
+    i, o, kernel = shape
+    first, taps = polyphase(kernel, stride)
+    k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
+    sort = np.arange(kernel)[:, None] == k.reshape(-1)
+    return Tensor(sort.astype(np.float32)), (-1, kernel), (i, o, stride, taps), (stride * o, i, taps, 1)
+
+
+def polyphase_weight(weight, kernel, stride):
+    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
+    layout = polyphase_layout(weight.shape, stride)
+    taps = ops.MatMul()(weight.reshape(layout[1]), ops.Cast()(layout[0], weight.dtype)).reshape(layout[2])
+    return ops.Transpose()(taps, (2, 1, 0, 3)).reshape(layout[3])
+
+
+# ----------------------------------------------------------------------------------------- products, norms, activations
+
+def linear(x, p):
+    """x (..., I), weight (O, I), bias (O,) if there is one -> (..., O)."""
+    y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), p["weight"])
+    y = ops.BiasAdd()(y, p["bias"]) if "bias" in p else y
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def conv1x1(x, p):
+    """x (..., I), weight (O, I, 1, 1) or another that flattens to (O, I), such as whole patches' -> (..., O)."""
+    return linear(x, {"weight": ops.Flatten()(p["weight"]), "bias": p["bias"]})
+
+
+@constexpr
+def few_rows(shape):
+    """Where `bert_linear` is faster the other way round, as measured on a CPU: about a prompt's tokens."""
+    return 8 <= math.prod(shape[:-1]) < 64
+
+
+def bert_linear(x, p):
+    """`linear`, for few rows as (W x^T)^T: on a CPU oneDNN packs a product's second matrix anew each time."""
+    if not few_rows(x.shape):
+        return linear(x, p)
+    y = ops.MatMul(transpose_b=True)(p["weight"], x.reshape(-1, x.shape[-1]))
+    return ops.BiasAdd()(ops.Transpose()(y, (1, 0)), p["bias"]).reshape(*x.shape[:-1], -1)
+
+
+def layer_norm(x, p, eps):
+    """x (..., C), normalised over C (Ba et al., 2016), in float32."""
+    y = ops.LayerNorm(-1, -1, eps)(ops.Cast()(x, float32), ops.Cast()(p["weight"], float32),
+                                   ops.Cast()(p["bias"], float32))
+    return ops.Cast()(y[0], x.dtype)
+
+
+def gelu(x):
+    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation.
+
+    Erf takes no bfloat16 on an Atlas A2 (CANN's aclnnErf), so that goes through float32.
+    """
+    y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
+    return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
+
+
+def tanh(x):
+    """Elementwise, by the sigmoid: MindSpore's own tanh is off by up to 1e-4 on a CPU, and passes 1."""
+    return ops.sigmoid(x * 2) * 2 - 1
+
+
+def halves(x):
+    """x (..., 2 C) -> (..., C) twice.
+
+    CANN names bfloat16 for slices, but not for Split (ops-math, conversion/split).
+    """
+    c = x.shape[-1] // 2
+    return (x[..., :c], x[..., c:]) if x.dtype == bfloat16 else ops.Split(-1, 2)(x)
+
+
+def group_norm(x, p, groups, eps):
+    """x (N, H, W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
+
+    In rows, as MindSpore gives back the memory of what is reshaped too late: a VAE would take twice as much.
+    """
+    shape, y = x.shape, ops.Cast()(x, float32).reshape(-1, x.shape[3])
+    y = y - at_positions(group_means(y, shape, groups), shape)
+    y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
+    return ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"]).reshape(shape)
+
+
+# Matrix products average and repeat fast on a CPU with channels last. Elsewhere products are kept for what is one:
+# MindSpore has an Ascend 910A or 310P multiply in float16 (op_api_util.cc, GetCubeMathType), where y * y overflows.
+
+def group_means(x, shape, groups):
+    """x (P, C) -> for each channel the mean over H, W and the C / groups channels of its group, (N, C)."""
+    n, c = shape[0], shape[3]
+    if on_cpu():
+        average, group = averages(shape, groups)
+        return ops.MatMul()(ops.MatMul()(average, x), group)
+    means = ops.ReduceMean(True)(ops.ReduceMean()(x.reshape(n, -1, c), 1).reshape(n, groups, c // groups), 2)
+    return ops.broadcast_to(means, (n, groups, c // groups)).reshape(n, c)
+
+
+def at_positions(x, shape):
+    """x (N, C) at all positions of each image of a shape (N, H, W, C): (P, C)."""
+    if on_cpu():
+        return ops.MatMul()(repeats(shape, x.dtype), x)
+    n, c = x.shape
+    return ops.broadcast_to(x.reshape(n, 1, c), (n, shape[1] * shape[2], c)).reshape(-1, c)
+
+
+@constexpr
+def averages(shape, groups):
+    """What averages all positions of each image (N, H, W, C), (N, P), and the channels of each group, (C, C)."""
+    positions, size = math.prod(shape[1:3]), shape[3] // groups
+    return (Tensor(np.kron(np.eye(shape[0]), np.full(positions, 1 / positions)).astype(np.float32)),
+            Tensor(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)))
+
+
+@constexpr
+def repeats(shape, dtype):
+    """What repeats a row at all positions of each image (N, H, W, C), (P, N)."""
+    return Tensor(np.kron(np.eye(shape[0]), np.ones((math.prod(shape[1:3]), 1))), dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+def multi_head_attention(q, k, v, bias, heads):
+    """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
+
+    q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
+    """
+    split, apart, together, scale, count = head_order(q.shape, heads)
+    shape, q = q.shape, ops.Gather()((q * scale).reshape(split), apart, 0)
+    k, v = ops.Gather()(k.reshape(split), apart, 0), ops.Gather()(v.reshape(split), apart, 0)
+    y = attend(q, k, v, bias) if count == 1 or bias is not None else attend_by_blocks(q, k, v, count)
+    return ops.Gather()(y.reshape(split), together, 0).reshape(shape)
+
+
+def attend(q, k, v, bias):
+    """Scaled queries q (N, heads, M, D), k and v (N, heads, L, D) -> (N, heads, M, D)."""
+    scores = ops.Cast()(ops.BatchMatMul(transpose_b=True)(q, k), float32)
+    if bias is not None:
+        scores = scores + bias
+    return ops.BatchMatMul()(ops.Cast()(ops.Softmax(-1)(scores), v.dtype), v)
+
+
+def attend_by_blocks(q, k, v, count):
+    """The same, `count` blocks of queries one after the other: every query has its own softmax, so nothing changes."""
+    n, heads, l, d = q.shape
+    size = -(-l // count)
+    q = ops.cat((q, ops.zeros((n, heads, count * size - l, d), q.dtype)), 2) if count * size > l else q
+    q = q.reshape(n, heads, count, size, d).transpose(2, 0, 1, 3, 4)
+    y, i = ops.zeros_like(q), Tensor(0, int32)
+    while i < count:
+        y = ops.tensor_scatter_update(y, i.reshape(1, 1), attend(ops.gather(q, i, 0), k, v, None).expand_dims(0))
+        i = i + 1
+    return y.transpose(1, 2, 0, 3, 4).reshape(n, heads, count * size, d)[:, :, :l]
+
+
+@constexpr
+def head_order(shape, heads):
+    """How (N, L, C) is split into heads, and joined: on a CPU to gather is faster than to transpose.
+
+    The shape of the rows (P * heads, D) to gather from, int32 (N, heads, L), then int32 (P, heads); D ** -0.5; and how
+    many blocks the scores are computed in.
+    """
+    n, l, c = shape
+    order = np.arange(n * l * heads)
+    return ((-1, c // heads), int_tensor(order.reshape(n, l, heads).transpose(0, 2, 1)),
+            int_tensor(order.reshape(n, heads, l).transpose(0, 2, 1).reshape(n * l, heads)),
+            (c // heads) ** -0.5, blocks(n * heads * l * l))
+
+
+def blocks(numbers):
+    """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
+    return -(-numbers // BLOCK)
+
+
+def int_tensor(array):
+    return Tensor(array.astype(np.int32))
+
+
+# ---------------------------------------------------------------------------------------------------------- convolution
+# What a convolution is, and three ways to compute it. A geometry describes one but for its weight: (N, input size,
+# output size, kernel, stride, dilation, padding, scale, loop). Sizes and the four after them are pairs (height, width).
+# `scale` 2 reads the image as if its pixels were doubled both ways and it was cut to the output's size; `loop` repeats
+# it along H. A sequence is an image one pixel wide. Rows are the positions of all images one after the other, (P, C).
+
+def plain_convolution(x, weight, geometry):
+    """The definition, of NumPy arrays, for readers and tests: x (N, H, W, I), weight (O, I, KH, KW)."""
+    _, _, size, kernel, stride, dilation, padding, scale, loop = geometry
+    x = x.repeat(scale, axis=1).repeat(scale, axis=2)
+    x = x[:, :size[0], :size[1]] if scale > 1 else x
+    for axis in (0, 1):  # zeros, or the loop's other end, before and after the image
+        before = padding[axis]
+        after = max(0, (size[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 - before
+                    - x.shape[1 + axis])
+        pads = [(before, after) if i == 1 + axis else (0, 0) for i in range(4)]
+        x = np.pad(x, pads, mode="wrap" if loop and axis == 0 else "constant")
+    y = 0
+    for i, j in np.ndindex(*kernel):
+        rows, columns = (tap * dilation[axis] + stride[axis] * np.arange(size[axis]) for axis, tap in enumerate((i, j)))
+        y = y + x[:, rows][:, :, columns] @ weight[:, :, i, j].T
+    return y
+
+
+def convolution(x, p, geometry):
+    """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N, H_out, W_out, O).
+
+    p: bias (O,), and weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for
+        many calls
+    """
+    compute = way_to_convolve(p["weight"].shape, p["weight"].dtype, geometry)
+    y = ops.BiasAdd()(compute(x.reshape(-1, x.shape[-1]), p["weight"], geometry), p["bias"])
+    return y.reshape(geometry[0], *geometry[2], -1)
+
+
+@constexpr
+def way_to_convolve(shape, dtype, geometry):
+    """Which of the ways below is for a weight of this shape and dtype."""
+    if not on_cpu():
+        return native_convolution
+    if len(shape) < 4:
+        return fast_convolution if len(shape) == 3 else gathered_convolution
+    fast = dtype == float32 and geometry[4] == (1, 1) and products_are_exact()
+    return fast_from_checkpoint if fast else gathered_from_checkpoint
+
+
+@constexpr
+def on_cpu():
+    return mindspore.get_context("device_target") == "CPU"
+
+
+def products_are_exact():
+    """Whether a CPU multiplies float32 numbers as they are.
+
+    Asked for bfloat16 (weights.py: `tensor_dtype`), oneDNN rounds them if the processor has AMX. That is too coarse for
+    `fast_convolution`, whose sums cancel.
+    """
+    asked = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("STRICT", "F32")
+    cpu = pathlib.Path("/proc/cpuinfo")
+    return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
 
 
 @constexpr
 def geometry2d(shape, stride, upsample_to, loop, padding=1):
-    out_size = upsample_to[1:] if upsample_to else tuple((size - 1) // stride + 1 for size in shape[1:])
-    return (shape[0], shape[1:], out_size, (3, 3), (stride, stride), (1, 1), (padding, padding),
+    """Of an image (N, H, W, C)."""
+    out_size = upsample_to or tuple((size - 1) // stride + 1 for size in shape[1:3])
+    return (shape[0], shape[1:3], out_size, (3, 3), (stride, stride), (1, 1), (padding, padding),
             2 if upsample_to else 1, loop)
 
 
 @constexpr
 def geometry1d(shape, kernel, dilation):
-    """A sequence (N, L) is an image one pixel wide; the output is as long."""
-    n, l = shape
+    """Of a sequence (N, L, C); the output is as long."""
+    n, l, _ = shape
     return n, (l, 1), (l, 1), (kernel, 1), (1, 1), (dilation, 1), (dilation * (kernel - 1) // 2, 0), 1, False
 
 
 @constexpr
 def geometry_transposed1d(shape, kernel, stride):
     """For `conv_transpose1d`: an output position holds `stride` samples."""
-    n, l = shape
+    n, l, _ = shape
     first, taps = polyphase(kernel, stride)
     length = -(-transposed_length(l, kernel, stride) // stride)
     return n, (l, 1), (length, 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
 
 
-def read_along(axis, place, geometry):
-    """Places along an axis of what is convolved -> where in the input they are, and whether they are inside."""
-    _, size, out_size, *_, scale, loop = geometry
-    limit = (size if scale == 1 else out_size)[axis]
-    if loop and axis == 0:
-        place = place % limit
-    return place // scale, (place >= 0) & (place < limit)
+def native_convolution(x, weight, geometry):
+    """By the device's own operator: x (N * H * W, I), weight (O, I, KH, KW) -> (N * H_out * W_out, O).
+
+    A sequence lies along the width, as in MindSpore's Conv1d. CANN takes a height of up to 100,000, and a width of up
+    to 2 ** 32 - 1 (its TBE source, FMAP_H_MAX and FMAP_W_MAX); the vocoder has 163,872 samples at once.
+    """
+    n, *pairs, scale, loop = geometry
+    if pairs[2][1] == 1:
+        pairs, weight = [pair[::-1] for pair in pairs], weight.reshape(*weight.shape[:2], 1, -1)
+    (h, w), out_size, kernel, stride, dilation, padding = pairs
+    o, i = weight.shape[:2]
+    x = x.reshape(n, h, w, i)
+    if scale > 1:
+        x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
+        h, w = out_size
+        x = x.reshape(n, x.shape[1] * scale, x.shape[3] * scale, i)[:, :h, :w]
+    if loop:
+        x = ops.cat((x[:, h - padding[0]:], x, x[:, :padding[0]]), 1)
+        h, padding = h + 2 * padding[0], (0, padding[1])
+    # the far sides get what out_size needs, which is not what the near sides get in a transposed convolution
+    bottom = max(0, (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h)
+    right = max(0, (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w)
+    convolve = ops.Conv2D(o, kernel, pad_mode="pad", pad=(padding[0], bottom, padding[1], right), stride=stride,
+                          dilation=dilation)
+    return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, o)
 
 
-def int_tensor(array):
-    return Tensor(array.astype(np.int32))
+def gathered_weight(weight):
+    """weight (O, I, KH, KW) as `gathered_convolution` takes it, (O, K * I)."""
+    o, i, _, _ = weight.shape
+    return weight.reshape(o, i, -1).transpose(0, 2, 1).reshape(o, -1)
+
+
+def gathered_convolution(x, weight, geometry):
+    """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
+
+    x (N * H * W, I), weight (O, K * I) -> (N * H_out * W_out, O)
+    """
+    def block(x, rows):
+        return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
+
+    zeros, rows = gathered_constants(geometry, x.shape[1], x.dtype)
+    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
+
+
+def gathered_from_checkpoint(x, weight, geometry):
+    return gathered_convolution(x, gathered_weight(weight), geometry)
+
+
+@constexpr
+def gathered_constants(geometry, channels, dtype):
+    return zero_row(channels, dtype), tap_rows(geometry, channels)
 
 
 def tap_rows(geometry, channels):
@@ -132,6 +552,15 @@ def tap_rows(geometry, channels):
     return result
 
 
+def read_along(axis, place, geometry):
+    """Places along an axis of what is convolved -> where in the input they are, and whether they are inside."""
+    _, size, out_size, *_, scale, loop = geometry
+    limit = (size if scale == 1 else out_size)[axis]
+    if loop and axis == 0:
+        place = place % limit
+    return place // scale, (place >= 0) & (place < limit)
+
+
 def zero_row(channels, dtype):
     return Tensor(np.zeros((1, channels)), dtype)
 
@@ -146,69 +575,32 @@ def in_blocks(function, x, rows):
     return ops.Concat(0)(parts)
 
 
-def gathered_weight(weight):
-    """weight (O, I, KH, KW) as `gathered_convolution` takes it, (O, K * I)."""
-    o, i, _, _ = weight.shape
-    return weight.reshape(o, i, -1).transpose(0, 2, 1).reshape(o, -1)
+def fast_convolution(x, weight, geometry):
+    """The same, of stride 1, in two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
 
-
-@constexpr
-def gathered_constants(geometry, channels, dtype):
-    return zero_row(channels, dtype), tap_rows(geometry, channels)
-
-
-def gathered_convolution(x, weight, geometry):
-    """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
-
-    x (N * H * W, I), weight (O, K * I) -> (N * H_out * W_out, O)
+    x (N * H * W, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
+    The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
+    is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    def block(x, rows):
-        return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
+    to_products, to_outputs, products, outputs, zeros, rows = fast_constants(geometry, weight.shape, x.dtype)
 
-    zeros, rows = gathered_constants(geometry, x.shape[1], x.dtype)
+    def block(x, rows):
+        tiles = ops.MatMul()(to_products, ops.Flatten()(ops.Gather()(x, rows[0], 0))).reshape(products)
+        tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
+        return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
+
     return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
 
 
-POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
+def fast_weight(weight, outputs):
+    """weight (O, I, KH, KW) as `fast_convolution` takes it, (products, O, I), for tiles of so many outputs an axis."""
+    g, taps, laid_out = fast_weight_transform(weight.shape, outputs)
+    return ops.MatMul(transpose_b=True)(g, weight.reshape(taps)).reshape(laid_out)
 
 
-def toom_cook(outputs, taps):
-    """Matrices (A, G, B) for a correlation y of d with g in outputs + taps - 1 products: y = A ((G g) * (B d)).
-
-    Polynomials are evaluated at points, the last of them infinity, multiplied there, and interpolated; a correlation
-    is the transpose of that (Winograd, 1980). Points: Barabasz et al., 2018, arXiv 1803.10986.
-    """
-    points = np.array(POINTS[:outputs + taps - 2])
-    others = [np.delete(points, j) for j in range(len(points))]
-
-    def evaluation(size):
-        return np.vstack([np.vander(points, size, increasing=True), np.eye(size)[-1:]])
-
-    interpolation = [*(np.append(np.poly(other)[::-1], 0) for other in others), np.atleast_1d(np.poly(points))[::-1]]
-    scale = [*(np.prod(point - other) for point, other in zip(points, others)), 1]  # in G, so that B is exact
-    return evaluation(outputs).T, evaluation(taps) / np.array(scale)[:, None], np.array(interpolation)
-
-
-@functools.cache
-def fast_filter(kernel, outputs):
-    """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 8 outputs, always.
-
-    It is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
-    """
-    if kernel <= 4:
-        return toom_cook(outputs if kernel > 1 else 1, kernel)
-    outer, inner = toom_cook(2, -(-kernel // 4)), toom_cook(4, 4)
-    a, g, b = (np.kron(x, y) for x, y in zip(outer, inner))
-    part, place = np.divmod(np.arange(b.shape[1]), 7)
-    return a, g[:, :kernel], (b @ np.eye(kernel + 16)[4 * part + place])[:, :kernel + 7]
-
-
-def fast_filters(kernel, products):
-    """`fast_filter` for height and width of a kernel that takes so many products a tile, with 2 or 4 outputs."""
-    for outputs in (2, 4):
-        (a_h, g_h, b_h), (a_w, g_w, b_w) = (fast_filter(taps, outputs) for taps in kernel)
-        if len(g_h) * len(g_w) == products:
-            return (a_h, b_h), (a_w, b_w)
+def fast_from_checkpoint(x, weight, geometry):
+    # not before x is there, or all weights of a graph would be in memory at once
+    return fast_convolution(x, fast_weight(ops.Depend()(weight, x), 4), geometry)
 
 
 @constexpr
@@ -218,10 +610,17 @@ def fast_weight_transform(shape, outputs):
     return Tensor(g), (-1, g.shape[1]), (len(g), -1, shape[1])
 
 
-def fast_weight(weight, outputs):
-    """weight (O, I, KH, KW) as `fast_convolution` takes it, (products, O, I), for tiles of so many outputs an axis."""
-    g, taps, laid_out = fast_weight_transform(weight.shape, outputs)
-    return ops.MatMul(transpose_b=True)(g, weight.reshape(taps)).reshape(laid_out)
+@constexpr
+def fast_constants(geometry, weight_shape, dtype):
+    """(B, A, products, outputs, zeros, rows) of `fast_convolution`.
+
+    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; what
+    stands for pixels outside the image; and `tile_rows`.
+    """
+    (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
+    a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
+    return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o),
+            zero_row(i, dtype), tile_rows(geometry, weight_shape))
 
 
 def tile_rows(geometry, weight_shape):
@@ -260,436 +659,43 @@ def tile_rows(geometry, weight_shape):
     return result
 
 
-@constexpr
-def fast_constants(geometry, weight_shape, dtype):
-    """(B, A, products, outputs, zeros, rows) of `fast_convolution`.
+def fast_filters(kernel, products):
+    """`fast_filter` for height and width of a kernel that takes so many products a tile, with 2 or 4 outputs."""
+    for outputs in (2, 4):
+        (a_h, g_h, b_h), (a_w, g_w, b_w) = (fast_filter(taps, outputs) for taps in kernel)
+        if len(g_h) * len(g_w) == products:
+            return (a_h, b_h), (a_w, b_w)
 
-    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; what
-    stands for pixels outside the image; and `tile_rows`.
+
+@functools.cache
+def fast_filter(kernel, outputs):
+    """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 8 outputs, always.
+
+    It is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
     """
-    (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
-    a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
-    return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o),
-            zero_row(i, dtype), tile_rows(geometry, weight_shape))
+    if kernel <= 4:
+        return toom_cook(outputs if kernel > 1 else 1, kernel)
+    outer, inner = toom_cook(2, -(-kernel // 4)), toom_cook(4, 4)
+    a, g, b = (np.kron(x, y) for x, y in zip(outer, inner))
+    part, place = np.divmod(np.arange(b.shape[1]), 7)
+    return a, g[:, :kernel], (b @ np.eye(kernel + 16)[4 * part + place])[:, :kernel + 7]
 
 
-def fast_convolution(x, weight, geometry):
-    """The same, of stride 1, in two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
+POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
 
-    x (N * H * W, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
-    The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
-    is one matrix product for each of these; what comes out becomes the tile's outputs.
+
+def toom_cook(outputs, taps):
+    """Matrices (A, G, B) for a correlation y of d with g in outputs + taps - 1 products: y = A ((G g) * (B d)).
+
+    Polynomials are evaluated at points, the last of them infinity, multiplied there, and interpolated; a correlation
+    is the transpose of that (Winograd, 1980). Points: Barabasz et al., 2018, arXiv 1803.10986.
     """
-    to_products, to_outputs, products, outputs, zeros, rows = fast_constants(geometry, weight.shape, x.dtype)
-
-    def block(x, rows):
-        tiles = ops.MatMul()(to_products, ops.Flatten()(ops.Gather()(x, rows[0], 0))).reshape(products)
-        tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
-        return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
-
-    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
-
-
-def native_convolution(x, weight, geometry):
-    """The same by the device's own convolution: weight (O, I, KH, KW).
-
-    A sequence lies along the width, as in MindSpore's Conv1d. CANN takes a height of up to 100,000, and a width of up
-    to 2 ** 32 - 1 (its TBE source, FMAP_H_MAX and FMAP_W_MAX); the vocoder has 163,872 samples at once.
-    """
-    n, *pairs, scale, loop = geometry
-    if pairs[2][1] == 1:
-        pairs, weight = [pair[::-1] for pair in pairs], weight.reshape(*weight.shape[:2], 1, -1)
-    (h, w), out_size, kernel, stride, dilation, padding = pairs
-    o, i = weight.shape[:2]
-    x = x.reshape(n, h, w, i)
-    if scale > 1:
-        x = ops.broadcast_to(x.reshape(n, h, 1, w, 1, i), (n, h, scale, w, scale, i))
-        h, w = out_size
-        x = x.reshape(n, x.shape[1] * scale, x.shape[3] * scale, i)[:, :h, :w]
-    if loop:
-        x = ops.cat((x[:, h - padding[0]:], x, x[:, :padding[0]]), 1)
-        h, padding = h + 2 * padding[0], (0, padding[1])
-    # the far sides get what out_size needs, which is not what the near sides get in a transposed convolution
-    bottom = max(0, (out_size[0] - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 - padding[0] - h)
-    right = max(0, (out_size[1] - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1 - padding[1] - w)
-    convolve = ops.Conv2D(o, kernel, pad_mode="pad", pad=(padding[0], bottom, padding[1], right), stride=stride,
-                          dilation=dilation)
-    return convolve(x.transpose(0, 3, 1, 2), weight).transpose(0, 2, 3, 1).reshape(-1, o)
-
-
-@constexpr
-def on_cpu():
-    return mindspore.get_context("device_target") == "CPU"
-
-
-def products_are_exact():
-    """Whether a CPU multiplies float32 numbers as they are.
-
-    Asked for bfloat16 (weights.py: `tensor_dtype`), oneDNN rounds them if the processor has AMX. That is too coarse for
-    `fast_convolution`, whose sums cancel.
-    """
-    asked = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("STRICT", "F32")
-    cpu = pathlib.Path("/proc/cpuinfo")
-    return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
-
-
-def fast_from_checkpoint(x, weight, geometry):
-    # not before x is there, or all weights of a graph would be in memory at once
-    return fast_convolution(x, fast_weight(ops.Depend()(weight, x), 4), geometry)
-
-
-def gathered_from_checkpoint(x, weight, geometry):
-    return gathered_convolution(x, gathered_weight(weight), geometry)
-
-
-@constexpr
-def way_to_convolve(shape, dtype, geometry):
-    """What of the above `convolution` is for a weight of this shape and dtype."""
-    if not on_cpu():
-        return native_convolution
-    if len(shape) < 4:
-        return fast_convolution if len(shape) == 3 else gathered_convolution
-    fast = dtype == float32 and geometry[4] == (1, 1) and products_are_exact()
-    return fast_from_checkpoint if fast else gathered_from_checkpoint
-
-
-def convolution(x, weight, geometry):
-    """By the way that is fast on the device: x (N * H * W, I) -> (N * H_out * W_out, O).
-
-    weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for many calls.
-    """
-    return way_to_convolve(weight.shape, weight.dtype, geometry)(x, weight, geometry)
-
-
-@constexpr
-def pyramid(shape, levels):
-    """The shape (N, H, W) of an image, and those that `downsample` gives it time after time."""
-    return tuple((shape[0], *(-(-size // 2 ** level) for size in shape[1:])) for level in range(levels))
-
-
-@constexpr
-def doubled(shape):
-    """The shape of an image with H and W doubled."""
-    return shape[0], *(2 * size for size in shape[1:])
-
-
-def conv2d(x, shape, p, loop):
-    """3x3 convolution with padding 1: x (N * H * W, I) -> (N * H * W, O).
-
-    With `loop` the padding in time is the other end of the image.
-    """
-    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 1, None, loop)), p["bias"])
-
-
-def downsample(x, shape, p, loop):
-    """`conv2d` with stride 2, which must divide H if it is a loop: (N * ceil(H / 2) * ceil(W / 2), O)."""
-    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 2, None, loop)), p["bias"])
-
-
-def encoder_downsample(x, shape, p):
-    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0)."""
-    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 2, None, False, 0)), p["bias"])
-
-
-def upsample(x, shape, out_shape, p, loop):
-    """`conv2d` of the image doubled (nearest neighbour) and cut to out_shape (N, H_out, W_out): (N * H_out * W_out, O).
-
-    diffusers' Upsample2D with its `output_size`.
-    """
-    return ops.BiasAdd()(convolution(x, p["weight"], geometry2d(shape, 1, out_shape, loop)), p["bias"])
-
-
-def conv1d(x, shape, p, kernel, dilation):
-    """x (N * L, I) -> (N * L, O), zero-padded to keep its length; `kernel` is odd."""
-    weight = ops.ExpandDims()(p["weight"], -1)
-    return ops.BiasAdd()(convolution(x, weight, geometry1d(shape, kernel, dilation)), p["bias"])
-
-
-@constexpr
-def polyphase_layout(shape, stride):
-    """What sorts the taps of a transposed convolution's weight by phase, (K, phases * taps), and the shapes after."""
-    i, o, kernel = shape
-    first, taps = polyphase(kernel, stride)
-    k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
-    sort = np.arange(kernel)[:, None] == k.reshape(-1)
-    return Tensor(sort.astype(np.float32)), (-1, kernel), (i, o, stride, taps), (stride * o, i, taps, 1)
-
-
-def polyphase_weight(weight, kernel, stride):
-    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
-    layout = polyphase_layout(weight.shape, stride)
-    taps = ops.MatMul()(weight.reshape(layout[1]), ops.Cast()(layout[0], weight.dtype)).reshape(layout[2])
-    return ops.Transpose()(taps, (2, 1, 0, 3)).reshape(layout[3])
-
-
-@constexpr
-def upsampled(shape, kernel, stride):
-    """The shape (N, L) of `conv_transpose1d`'s output."""
-    return shape[0], transposed_length(shape[1], kernel, stride)
-
-
-@constexpr
-def whole_periods(geometry, stride, channels):
-    """The shape (N, L, C) of `conv_transpose1d`'s output with its last period of `stride` samples whole."""
-    return geometry[0], geometry[2][0] * stride, channels
-
-
-def conv_transpose1d(x, shape, p, kernel, stride):
-    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N * L, I), weight (I, O, K) -> (N * transposed_length, O).
-
-    As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
-    transposed one.
-    """
-    out_shape, geometry = upsampled(shape, kernel, stride), geometry_transposed1d(shape, kernel, stride)
-    whole = whole_periods(geometry, stride, p["bias"].shape[0])
-    y = convolution(x, polyphase_weight(p["weight"], kernel, stride), geometry)
-    y = ops.BiasAdd()(y.reshape(as_rows(whole)), p["bias"])
-    if out_shape[1] == whole[1]:
-        return y
-    return y.reshape(whole)[:, :out_shape[1]].reshape(as_rows(whole))
-
-
-# Matrix products average and repeat fast on a CPU with channels last. Elsewhere products are kept for what is one:
-# MindSpore has an Ascend 910A or 310P multiply in float16 (op_api_util.cc, GetCubeMathType), where y * y overflows.
-
-@constexpr
-def repeats(shape, dtype):
-    """What repeats a row at all positions of each image (N, H, W), (P, N)."""
-    return Tensor(np.kron(np.eye(shape[0]), np.ones((math.prod(shape[1:]), 1))), dtype)
-
-
-def at_positions(x, shape):
-    """x (N, C) at all positions of each image (N, H, W), (P, C)."""
-    if on_cpu():
-        return ops.MatMul()(repeats(shape, x.dtype), x)
-    n, c = x.shape
-    return ops.broadcast_to(x.reshape(n, 1, c), (n, math.prod(shape[1:]), c)).reshape(-1, c)
-
-
-@constexpr
-def averages(shape, channels, groups):
-    """What averages all positions of each image (N, H, W), (N, P), and the channels of each group, (C, C)."""
-    positions, size = math.prod(shape[1:]), channels // groups
-    return (Tensor(np.kron(np.eye(shape[0]), np.full(positions, 1 / positions)).astype(np.float32)),
-            Tensor(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)))
-
-
-def group_means(x, shape, groups):
-    """x (N * H * W, C) -> for each channel the mean over H, W and the C / groups channels of its group, (N, C)."""
-    n, c = shape[0], x.shape[1]
-    if on_cpu():
-        average, group = averages(shape, c, groups)
-        return ops.MatMul()(ops.MatMul()(average, x), group)
-    means = ops.ReduceMean(True)(ops.ReduceMean()(x.reshape(n, -1, c), 1).reshape(n, groups, c // groups), 2)
-    return ops.broadcast_to(means, (n, groups, c // groups)).reshape(n, c)
-
-
-def group_norm(x, shape, p, groups, eps):
-    """x (N * H * W, C), normalised over H, W and the C / groups channels of each group; statistics in float32."""
-    y = ops.Cast()(x, float32)
-    y = y - at_positions(group_means(y, shape, groups), shape)
-    y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
-    return ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"])
-
-
-def halves(x):
-    """x (P, 2 C) -> (P, C) twice. CANN names bfloat16 for slices, but not for Split (ops-math, conversion/split)."""
-    c = x.shape[1] // 2
-    return (x[:, :c], x[:, c:]) if x.dtype == bfloat16 else ops.Split(-1, 2)(x)
-
-
-def layer_norm(x, p, eps):
-    """x (..., C), normalised over C (Ba et al., 2016), in float32."""
-    y = ops.LayerNorm(-1, -1, eps)(ops.Cast()(x, float32), ops.Cast()(p["weight"], float32),
-                                   ops.Cast()(p["bias"], float32))
-    return ops.Cast()(y[0], x.dtype)
-
-
-def gelu(x):
-    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation.
-
-    Erf takes no bfloat16 on an Atlas A2 (CANN's aclnnErf), so that goes through float32.
-    """
-    y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
-    return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
-
-
-def tanh(x):
-    """Elementwise, by the sigmoid: MindSpore's own tanh is off by up to 1e-4 on a CPU, and passes 1."""
-    return ops.sigmoid(x * 2) * 2 - 1
-
-
-@constexpr
-def head_order(shape, channels, heads):
-    """How `attend` splits rows (P, C) into heads, and joins them: on a CPU to gather is faster than to transpose.
-
-    The shape of the rows (P * heads, D) to gather from, int32 (N, heads, L), then int32 (P, heads); D ** -0.5; and how
-    many blocks the scores are computed in.
-    """
-    n, l = shape[0], math.prod(shape[1:])
-    order = np.arange(n * l * heads)
-    return ((-1, channels // heads), int_tensor(order.reshape(n, l, heads).transpose(0, 2, 1)),
-            int_tensor(order.reshape(n, heads, l).transpose(0, 2, 1).reshape(n * l, heads)),
-            (channels // heads) ** -0.5, blocks(n * heads * l * l))
-
-
-def attend(q, k, v, shape, bias, heads):
-    """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
-
-    q, k, v (P, C) of N sequences of L positions; bias broadcasts to (N, heads, L, L), or is None -> (P, C).
-    Vaswani et al., 2017, equation 1.
-    """
-    split, apart, together, scale, count = head_order(shape, q.shape[1], heads)
-    q = ops.Gather()((q * scale).reshape(split), apart, 0)
-    k, v = ops.Gather()(k.reshape(split), apart, 0), ops.Gather()(v.reshape(split), apart, 0)
-    y = attended(q, k, v, bias) if count == 1 or bias is not None else attended_by_blocks(q, k, v, count)
-    return ops.Flatten()(ops.Gather()(y.reshape(split), together, 0))
-
-
-def attended(q, k, v, bias):
-    """Scaled queries q (N, heads, M, D), k and v (N, heads, L, D) -> (N, heads, M, D)."""
-    scores = ops.Cast()(ops.BatchMatMul(transpose_b=True)(q, k), float32)
-    if bias is not None:
-        scores = scores + bias
-    return ops.BatchMatMul()(ops.Cast()(ops.Softmax(-1)(scores), v.dtype), v)
-
-
-def attended_by_blocks(q, k, v, count):
-    """The same, `count` blocks of queries one after the other: every query has its own softmax, so nothing changes."""
-    n, heads, l, d = q.shape
-    size = -(-l // count)
-    q = ops.cat((q, ops.zeros((n, heads, count * size - l, d), q.dtype)), 2) if count * size > l else q
-    q = q.reshape(n, heads, count, size, d).transpose(2, 0, 1, 3, 4)
-    y, i = ops.zeros_like(q), Tensor(0, int32)
-    while i < count:
-        y = ops.tensor_scatter_update(y, i.reshape(1, 1), attended(ops.gather(q, i, 0), k, v, None).expand_dims(0))
-        i = i + 1
-    return y.transpose(1, 2, 0, 3, 4).reshape(n, heads, count * size, d)[:, :, :l]
-
-
-def attention(x, shape, p, heads):
-    """diffusers' Attention without its norm: x (P, C)."""
-    y = attend(linear(x, p["to_q"]), linear(x, p["to_k"]), linear(x, p["to_v"]), shape, None, heads)
-    return linear(y, p["to_out.0"])
-
-
-def transformer_block(x, shape, p, heads):
-    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (P, C).
-
-    There is no text sequence, so attn2 attends to x as attn1 does.
-    """
-    x = x + attention(layer_norm(x, p["norm1"], 1e-5), shape, p["attn1"], heads)
-    x = x + attention(layer_norm(x, p["norm2"], 1e-5), shape, p["attn2"], heads)
-    y, gate = halves(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
-    return x + linear(y * gelu(gate), p["ff"]["net.2"])
-
-
-def spatial_transformer(x, shape, p, heads, groups):
-    """diffusers' Transformer2DModel (norm's eps 1e-6): x (N * H * W, C), attended to as H * W positions."""
-    y = conv1x1(group_norm(x, shape, p["norm"], groups, 1e-6), p["proj_in"])
-    return x + conv1x1(transformer_block(y, shape, p["transformer_blocks.0"], heads), p["proj_out"])
-
-
-def image_attention(x, shape, p, groups):
-    """The attention block of diffusers' VAE (eps 1e-6), one head over all positions: x (N * H * W, C)."""
-    return x + attention(group_norm(x, shape, p["group_norm"], groups, 1e-6), shape, p, heads=1)
-
-
-def resnet(x, shape, embedding, p, groups, eps, loop):
-    """diffusers' ResnetBlock2D: x (N * H * W, I) -> (N * H * W, O).
-
-    embedding (N, E): silu of the embedding of time and class; None in the VAE
-    """
-    y = conv2d(ops.silu(group_norm(x, shape, p["norm1"], groups, eps)), shape, p["conv1"], loop)
-    if "time_emb_proj" in p:
-        y = y + at_positions(linear(embedding, p["time_emb_proj"]), shape)
-    y = conv2d(ops.silu(group_norm(y, shape, p["norm2"], groups, eps)), shape, p["conv2"], loop)
-    return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
-
-
-@constexpr
-def few_rows(count):
-    """Where `bert_linear` is faster the other way round, as measured on a CPU: about a prompt's tokens."""
-    return 8 <= count < 64
-
-
-def bert_linear(x, p):
-    """`linear`, for few rows as (W x^T)^T: on a CPU oneDNN packs a product's second matrix anew each time."""
-    if few_rows(x.shape[0]):
-        return ops.BiasAdd()(ops.Transpose()(ops.MatMul(transpose_b=True)(p["weight"], x), (1, 0)), p["bias"])
-    return linear(x, p)
-
-
-def bert_attention(x, shape, bias, p, heads):
-    """transformers' RobertaAttention without its norm: x (N * L, C), bias as in `attend`."""
-    q, k, v = (bert_linear(x, p["self"]["query"]), bert_linear(x, p["self"]["key"]), bert_linear(x, p["self"]["value"]))
-    return bert_linear(attend(q, k, v, shape, bias, heads), p["output"]["dense"])
-
-
-def bert_layer(x, shape, bias, p, heads, eps):
-    """transformers' RobertaLayer (norms after the residuals): x (N * L, C), attention bias (N, 1, 1, L)."""
-    y = bert_attention(x, shape, bias, p["attention"], heads)
-    x = layer_norm(x + y, p["attention"]["output"]["LayerNorm"], eps)
-    y = bert_linear(gelu(bert_linear(x, p["intermediate"]["dense"])), p["output"]["dense"])
-    return layer_norm(x + y, p["output"]["LayerNorm"], eps)
-
-
-def relative_positions(window):
-    """For each pair of places in a window, the row of the table of biases: int (window ** 2, window ** 2)."""
-    y, x = np.divmod(np.arange(window * window), window)
-    return (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
-
-
-@constexpr
-def windows(size, window, shift):
-    """What attention in shifted windows (Liu et al., 2021, figure 4) reads, L = window * window, as Tensors.
-
-    The row of the flattened image (size * size) at each place of each window, and its inverse; the row of the table of
-    relative positions for each pair of places (L * L); and a bias (windows, 1, L, L) that parts what is no neighbour.
-    The image is rolled by `shift`, so that the last windows hold its first rows and columns too.
-    """
-    def split(image):
-        windowed = image.reshape(size // window, window, size // window, window).transpose(0, 2, 1, 3)
-        return windowed.reshape(-1, window * window)
-
-    rows = split(np.roll(np.arange(size * size).reshape(size, size), (-shift, -shift), (0, 1))).reshape(-1)
-    places = relative_positions(window)
-    wrapped = np.arange(size) >= size - shift
-    region = split(2 * wrapped[:, None] + wrapped)
-    bias = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference
-    return (*(Tensor(x.reshape(-1).astype(np.int32)) for x in (rows, np.argsort(rows), places)),
-            Tensor(bias.astype(np.float32)))
-
-
-def swin_block(x, shape, p, window, shift, heads, eps):
-    """transformers' ClapAudioLayer: x (N * size * size, C), each position attending to those in its window."""
-    n, size, _ = shape
-    rows, inverse, places, parting = windows(size, window, shift)
-    c, l, count = x.shape[1], window * window, size * size // (window * window)
-    y = layer_norm(x, p["layernorm_before"], eps).reshape(n, size * size, c)
-    y = ops.gather(y, rows, 1).reshape(-1, c)
-    bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
-    # a product instead of a broadcast: its gradient, a sum over windows, is four times as fast
-    ones = ops.zeros((n * count, 1), bias.dtype) + 1
-    bias = ops.MatMul()(ones, bias.reshape(1, -1)).reshape(n, count, heads, l, l)
-    bias = bias + parting if shift else bias
-    y = bert_attention(y, (n * count, l), bias.reshape(-1, heads, l, l), p["attention"], heads)
-    x = x + ops.gather(y.reshape(n, size * size, c), inverse, 1).reshape(-1, c)
-    y = gelu(linear(layer_norm(x, p["layernorm_after"], eps), p["intermediate"]["dense"]))
-    return x + linear(y, p["output"]["dense"])
-
-
-def patch_merging(x, shape, p):
-    """transformers' ClapAudioPatchMerging: x (N * size * size, C) -> (N * size * size / 4, 2 C)."""
-    n, size, _ = shape
-    c = x.shape[1]
-    x = x.reshape(n, size // 2, 2, size // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(-1, 4 * c)
-    return linear(layer_norm(x, p["norm"], 1e-5), p["reduction"])
-
-
-def hifigan_block(x, shape, p, kernel, dilations, slope):
-    """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N * L, C)."""
-    for i in range(len(dilations)):
-        y = conv1d(ops.leaky_relu(x, slope), shape, p[nth("convs1", i)], kernel, dilations[i])
-        x = x + conv1d(ops.leaky_relu(y, slope), shape, p[nth("convs2", i)], kernel, 1)
-    return x
+    points = np.array(POINTS[:outputs + taps - 2])
+    others = [np.delete(points, j) for j in range(len(points))]
+
+    def evaluation(size):
+        return np.vstack([np.vander(points, size, increasing=True), np.eye(size)[-1:]])
+
+    interpolation = [*(np.append(np.poly(other)[::-1], 0) for other in others), np.atleast_1d(np.poly(points))[::-1]]
+    scale = [*(np.prod(point - other) for point, other in zip(points, others)), 1]  # in G, so that B is exact
+    return evaluation(outputs).T, evaluation(taps) / np.array(scale)[:, None], np.array(interpolation)

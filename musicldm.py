@@ -1,9 +1,13 @@
 """MusicLDM, text to music (Chen et al., 2023, arXiv 2308.01546), as pure functions in MindSpore.
 
-It reads from top to bottom as the pipeline runs: prompt -> CLAP text tower -> UNet under a scheduler with
-classifier-free guidance -> VAE decoder -> HiFi-GAN -> waveform, and `generate`, which joins them. What follows serves
-them: CLAP's audio tower, music that goes in, the tokenizer, checks, and the command line. Axis letters are those of
-layers.py.
+It reads from top to bottom as the pipeline runs. With the published sizes, one prompt and 10.24 s:
+    tokens (1, 16) of the prompt
+    -> clap_text: CLAP's vector (1, 512)
+    -> noise (1, 256, 16, 8), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
+    -> vae_decode: log-mel spectrogram (1, 1024, 64)
+    -> hifigan: waveform (1, 163840) at 16 kHz
+`generate` joins them. What follows serves it: CLAP's audio tower, music that goes in, the tokenizer, checks, and the
+command line. Axis letters are those of layers.py. Arrays outside of graphs have diffusers' layout (n, channels, h, w).
 """
 import argparse
 import collections
@@ -11,11 +15,13 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -34,121 +40,115 @@ import soundfile
 from mindspore import Tensor, ops
 from PIL import Image, ImageDraw
 
-import layers
-import weights as checkpoints
-from layers import (BLOCK, as_rows, bert_layer, conv1d, conv1x1, conv2d, conv_transpose1d, doubled, downsample,
-                    encoder_downsample, group_norm, halves, hifigan_block, image_attention, layer_norm, linear, nth,
-                    patch_merging, polyphase, pyramid, resnet, spatial_transformer, swin_block, tanh, upsample,
-                    upsampled)
-from weights import (DEFAULT_CONFIG, RANGES, InputError, byte_characters, checked_value, fits, heads_by_level,
-                     load_config, load_vocabulary, one_at_a_time, read_yaml, shown, unknown)
+if __package__:  # when the files lie in a package
+    from . import layers
+    from . import weights as checkpoints
+    from .weights import DEFAULT_CONFIG, InputError, load_config, one_at_a_time, shown
+else:
+    import layers
+    import weights as checkpoints
+    from weights import DEFAULT_CONFIG, InputError, load_config, one_at_a_time, shown
 
 FADE = 0.02  # seconds of a crossfade between what is kept and what is made anew
 FORMATS = (".wav", ".flac", ".ogg")
 KEPT = 16  # settings whose compiled graphs the command line keeps on disk
 COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # of a spectrogram, low to high
-# options of generate() that a config file cannot hold
-ARRAYS_AND_CALLBACKS = ("prompt_embeds", "negative_prompt_embeds", "audio_prompt", "init_audio", "latents", "noise",
-                        "callback")
 
 
 # --------------------------------------------------------------------------------------------------------------- models
 
 @mindspore.jit
-def clap_text(ids, positions, bias, text_model, text_projection, cfg):
-    """CLAP's text tower (RoBERTa) and projection: ids, positions (N, L), bias (N, 1, 1, L) -> (N, projection_dim).
+def clap_text(ids, positions, mask, text_model, text_projection, cfg):
+    """CLAP's text tower (RoBERTa) and projection: ids, positions (N, L), mask (N, 1, 1, L) -> (N, projection_dim).
 
-    transformers' ClapModel.get_text_features, before it is normalised.
+    mask: 0 for a token, far below 0 for padding. transformers' ClapModel.get_text_features, before it is normalised.
     """
-    p, eps, shape = text_model["embeddings"], cfg["layer_norm_eps"], ids.shape
+    p, eps = text_model["embeddings"], cfg["layer_norm_eps"]
     x = (ops.gather(p["word_embeddings"]["weight"], ids, 0) + p["token_type_embeddings"]["weight"][0]
          + ops.gather(p["position_embeddings"]["weight"], positions, 0))
-    x = layer_norm(x.reshape(as_rows(x.shape)), p["LayerNorm"], eps)
+    x = layers.layer_norm(x, p["LayerNorm"], eps)
     for i in range(cfg["num_hidden_layers"]):
-        x = bert_layer(x, shape, bias, text_model["encoder"][nth("layer", i)], cfg["num_attention_heads"], eps)
-    x = tanh(linear(x.reshape(*shape, -1)[:, 0], text_model["pooler"]["dense"]))
-    return linear(ops.relu(linear(x, text_projection["linear1"])), text_projection["linear2"])
+        x = layers.bert_layer(x, mask, text_model["encoder"][layers.nth("layer", i)], cfg["num_attention_heads"], eps)
+    x = layers.tanh(layers.linear(x[:, 0], text_model["pooler"]["dense"]))
+    return layers.linear(ops.relu(layers.linear(x, text_projection["linear1"])), text_projection["linear2"])
 
 
-def unet(x, timestep, class_labels, p, cfg, loop):
-    """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in x at a timestep, given CLAP vectors.
+def unet(x, sinusoids, embeds, p, cfg, loop):
+    """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in latents x, given CLAP vectors.
 
-    x (N, H, W, 8), timestep (1 or N, block_out_channels[0]) its sinusoids, class_labels (N, projection_dim)
-    -> (N, H, W, 8)
+    x (N, H, W, 8), sinusoids (1 or N, block_out_channels[0]) of the timestep, embeds (N, projection_dim), diffusers'
+    class_labels -> (N, H, W, 8)
     With `loop` the latents repeat themselves along H, which 2 ** (levels - 1) must divide.
     """
-    channels, layers, groups, eps = (cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"],
-                                     cfg["norm_eps"])
-    levels, heads, in_shape = len(channels), heads_by_level(cfg), x.shape
-    shapes = pyramid(in_shape[:3], levels)
-    embedding = linear(timestep, p["time_embedding"]["linear_1"])
-    embedding = linear(ops.silu(embedding), p["time_embedding"]["linear_2"])
-    embedding = ops.silu(ops.Concat(1)((ops.broadcast_to(embedding, (in_shape[0], embedding.shape[1])),
-                                       linear(class_labels, p["class_embedding"]))))
+    levels, groups, eps = len(cfg["block_out_channels"]), cfg["norm_num_groups"], cfg["norm_eps"]
+    heads = checkpoints.heads_by_level(cfg)
+    time = layers.linear(sinusoids, p["time_embedding"]["linear_1"])
+    time = layers.linear(ops.silu(time), p["time_embedding"]["linear_2"])
+    time = ops.broadcast_to(time, (x.shape[0], time.shape[1]))
+    embedding = ops.silu(ops.Concat(1)((time, layers.linear(embeds, p["class_embedding"]))))
 
-    x = conv2d(x.reshape(as_rows(in_shape)), shapes[0], p["conv_in"], loop)
+    x = layers.conv2d(x, p["conv_in"], loop)
     skips = (x,)
     for level in range(levels):
-        block, shape = p[nth("down_blocks", level)], shapes[level]
-        for i in range(layers):
-            x = resnet(x, shape, embedding, block[nth("resnets", i)], groups, eps, loop)
+        block = p[layers.nth("down_blocks", level)]
+        for i in range(cfg["layers_per_block"]):
+            x = layers.resnet(x, embedding, block[layers.nth("resnets", i)], groups, eps, loop)
             if "attentions.0" in block:
-                x = spatial_transformer(x, shape, block[nth("attentions", i)], heads[level], groups)
+                x = layers.spatial_transformer(x, block[layers.nth("attentions", i)], heads[level], groups)
             skips = skips + (x,)
         if "downsamplers.0" in block:
-            x = downsample(x, shape, block["downsamplers.0"]["conv"], loop)
+            x = layers.downsample(x, block["downsamplers.0"]["conv"], loop)
             skips = skips + (x,)
 
-    block, shape = p["mid_block"], shapes[-1]
-    x = resnet(x, shape, embedding, block["resnets.0"], groups, eps, loop)
-    x = spatial_transformer(x, shape, block["attentions.0"], heads[-1], groups)
-    x = resnet(x, shape, embedding, block["resnets.1"], groups, eps, loop)
+    block = p["mid_block"]
+    x = layers.resnet(x, embedding, block["resnets.0"], groups, eps, loop)
+    x = layers.spatial_transformer(x, block["attentions.0"], heads[-1], groups)
+    x = layers.resnet(x, embedding, block["resnets.1"], groups, eps, loop)
 
     for level in range(levels):
-        block, shape = p[nth("up_blocks", level)], shapes[-1 - level]
-        for i in range(layers + 1):
-            x = resnet(ops.Concat(1)((x, skips[-1])), shape, embedding, block[nth("resnets", i)], groups, eps, loop)
-            skips = skips[:-1]
+        block = p[layers.nth("up_blocks", level)]
+        for i in range(cfg["layers_per_block"] + 1):
+            x, skips = ops.Concat(-1)((x, skips[-1])), skips[:-1]
+            x = layers.resnet(x, embedding, block[layers.nth("resnets", i)], groups, eps, loop)
             if "attentions.0" in block:
-                x = spatial_transformer(x, shape, block[nth("attentions", i)], heads[-1 - level], groups)
+                x = layers.spatial_transformer(x, block[layers.nth("attentions", i)], heads[-1 - level], groups)
         if "upsamplers.0" in block:
-            x = upsample(x, shape, shapes[-2 - level], block["upsamplers.0"]["conv"], loop)
-    x = ops.silu(group_norm(x, shapes[0], p["conv_norm_out"], groups, eps))
-    return conv2d(x, shapes[0], p["conv_out"], loop).reshape(in_shape)
+            x = layers.upsample(x, skips[-1].shape[1:3], block["upsamplers.0"]["conv"], loop)
+    x = ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
+    return layers.conv2d(x, p["conv_out"], loop)
 
 
 @mindspore.jit
-def guided_noise(x, timestep, embeds, guidance_scale, p, cfg, loop):
+def guided_noise(x, sinusoids, embeds, guidance_scale, p, cfg, loop):
     """The noise in latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
 
     embeds (2 N, projection_dim): what to steer away from, then the prompts; or (N, projection_dim), the prompts alone.
     """
     if embeds.shape[0] == x.shape[0]:
-        return unet(x, timestep, embeds, p, cfg, loop)
-    noise = unet(ops.cat((x, x), 0), timestep, embeds, p, cfg, loop)
-    away, toward = noise[:x.shape[0]], noise[x.shape[0]:]
-    return away + guidance_scale * (toward - away)
+        return unet(x, sinusoids, embeds, p, cfg, loop)
+    noise = unet(ops.cat((x, x), 0), sinusoids, embeds, p, cfg, loop)
+    unconditional, conditional = noise[:x.shape[0]], noise[x.shape[0]:]
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 @mindspore.jit
 def vae_decode(x, p, cfg, loop):
     """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
-    groups, levels, shape, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), x.shape[:3], 1e-6
-    x = conv1x1(x.reshape(as_rows(x.shape)), p["post_quant_conv"])
+    groups, eps = cfg["norm_num_groups"], 1e-6
+    x = layers.conv1x1(x, p["post_quant_conv"])
     p = p["decoder"]
-    x = conv2d(x, shape, p["conv_in"], loop)
-    x = resnet(x, shape, None, p["mid_block"]["resnets.0"], groups, eps, loop)
-    x = image_attention(x, shape, p["mid_block"]["attentions.0"], groups)
-    x = resnet(x, shape, None, p["mid_block"]["resnets.1"], groups, eps, loop)
-    for level in range(levels):
-        block = p[nth("up_blocks", level)]
+    x = layers.conv2d(x, p["conv_in"], loop)
+    x = layers.resnet(x, None, p["mid_block"]["resnets.0"], groups, eps, loop)
+    x = layers.image_attention(x, p["mid_block"]["attentions.0"], groups)
+    x = layers.resnet(x, None, p["mid_block"]["resnets.1"], groups, eps, loop)
+    for level in range(len(cfg["block_out_channels"])):
+        block = p[layers.nth("up_blocks", level)]
         for i in range(cfg["layers_per_block"] + 1):
-            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, loop)
+            x = layers.resnet(x, None, block[layers.nth("resnets", i)], groups, eps, loop)
         if "upsamplers.0" in block:
-            x = upsample(x, shape, doubled(shape), block["upsamplers.0"]["conv"], loop)
-            shape = doubled(shape)
-    x = ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps))
-    return conv2d(x, shape, p["conv_out"], loop).reshape(shape)
+            x = layers.upsample(x, (2 * x.shape[1], 2 * x.shape[2]), block["upsamplers.0"]["conv"], loop)
+    x = ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
+    return layers.conv2d(x, p["conv_out"], loop).squeeze(3)
 
 
 @mindspore.jit
@@ -160,29 +160,26 @@ def hifigan(mel, p, cfg):
     kernels, dilations, slope = cfg["resblock_kernel_sizes"], cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
     if cfg["normalize_before"]:
         mel = (mel - p["mean"]) / p["scale"]
-    shape = mel.shape[:2]
-    x = conv1d(mel.reshape(as_rows(mel.shape)), shape, p["conv_pre"], kernel=7, dilation=1)
+    x = layers.conv1d(mel, p["conv_pre"], kernel=7, dilation=1)
     for i in range(len(cfg["upsample_rates"])):
-        kernel, stride = cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i]
-        x = conv_transpose1d(ops.leaky_relu(x, slope), shape, p[nth("upsampler", i)], kernel, stride)
-        shape = upsampled(shape, kernel, stride)
+        x = layers.conv_transpose1d(ops.leaky_relu(x, slope), p[layers.nth("upsampler", i)],
+                                    cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i])
         total = 0.0
         for j in range(len(kernels)):
+            block = p[layers.nth("resblocks", i * len(kernels) + j)]
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
-            total = total + hifigan_block(y, shape, p[nth("resblocks", i * len(kernels) + j)], kernels[j],
-                                          dilations[j], slope)
+            total = total + layers.hifigan_block(y, block, kernels[j], dilations[j], slope)
         x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
-    x = conv1d(ops.leaky_relu(x, 0.01), shape, p["conv_post"], kernel=7, dilation=1)
-    return tanh(x.reshape(shape))
+    return layers.tanh(layers.conv1d(ops.leaky_relu(x, 0.01), p["conv_post"], kernel=7, dilation=1).squeeze(2))
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
 # Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
-#   eps_fn(x, t) predicts the noise in x at timestep t, where x has unit variance if the signal has
+#   predict(x, t) returns the noise in x at timestep t, where x has unit variance if the signal has
 #   x is unit normal noise, of any array type; it is not changed
-#   timesteps are scheduler_timesteps'; alphas[t] is the share of signal at timestep t, alphas_cumprod's
-#   final_alpha is that share after the last step; noise is an iterator of unit normal arrays like x
+#   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
+#   final_alpha is alpha-bar after the last step; noise is an iterator of unit normal arrays like x
 #   steps is how many the schedule was cut into, where timesteps are only the last of them
 
 def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
@@ -200,9 +197,10 @@ def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
 
 
 def alphas_cumprod(schedule):
-    """The share of signal left at each timestep, (num_train_timesteps,): "scaled_linear", rounded as diffusers does.
+    """Alpha-bar, the share of the signal's power left at each timestep, (num_train_timesteps,), of "scaled_linear".
 
-    torch.linspace counts from the nearer end with a float32 step; 1 - alpha is so small at first that it matters.
+    Rounded as in diffusers: torch.linspace counts from the nearer end with a float32 step, and 1 - alpha is so small at
+    first that it matters.
     """
     n = schedule["num_train_timesteps"]
     start, end = np.float32(schedule["beta_start"] ** 0.5), np.float32(schedule["beta_end"] ** 0.5)
@@ -222,19 +220,19 @@ def timestep_embedding(timesteps, channels):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def ddim_step(x, eps, alpha, previous, sigma=0.0):
-    """x with the share `alpha` of signal and the noise eps -> with the share `previous`, sigma of noise left to add."""
-    clean = (x - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
-    return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * eps
+def ddim_step(x, noise_pred, alpha, previous, sigma=0.0):
+    """x at alpha-bar `alpha` and the noise in it -> x at alpha-bar `previous`, sigma of noise left to add."""
+    clean = (x - (1 - alpha) ** 0.5 * noise_pred) / alpha ** 0.5
+    return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * noise_pred
 
 
-def ddim(eps_fn, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None, steps=None):
+def ddim(predict, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None, steps=None):
     """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
     step = len(alphas) // (steps or len(timesteps))
     for t in timesteps:
         alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
-        x = ddim_step(x, eps_fn(x, int(t)), alpha, previous, sigma)
+        x = ddim_step(x, predict(x, int(t)), alpha, previous, sigma)
         if eta > 0:
             x = x + sigma * next(noise)
         yield x
@@ -248,39 +246,39 @@ def multistep_weights(nodes, end):
     return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
 
 
-def pndm(eps_fn, x, timesteps, alphas, *, final_alpha, steps=None):
+def pndm(predict, x, timesteps, alphas, *, final_alpha, steps=None):
     """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
 
     The first step is taken twice: the second time with the mean of the noise at both of its ends.
     """
     step, start, history = len(alphas) // (steps or max(1, len(timesteps) - 1)), x, ()
     for i, t in enumerate(timesteps):
-        eps = eps_fn(x, int(t))
+        noise_pred = predict(x, int(t))
         if i == 1:
-            x, t, eps = start, t + step, (eps + history[0]) / 2
+            x, t, noise_pred = start, t + step, (noise_pred + history[0]) / 2
         else:
-            history = (eps, *history[:3])
-            eps = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
-        x = ddim_step(x, eps, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
+            history = (noise_pred, *history[:3])
+            noise_pred = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
+        x = ddim_step(x, noise_pred, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
         yield x
 
 
-def in_sigma_scale(eps_fn, x, timesteps, alphas):
-    """Karras et al. (2022, arXiv 2206.00364): x as the signal plus sigma times unit noise, so that dx / dsigma = eps.
+def in_sigma_scale(predict, x, timesteps, alphas):
+    """Karras et al. (2022, arXiv 2206.00364): x as the signal plus sigma times unit noise, which is then dx / dsigma.
 
-    Returns eps_fn(x, t, sigma) and x in that scale, and sigmas, a float a timestep and 0 after the last.
+    Returns predict(x, t, sigma) and x in that scale, and sigmas, a float a timestep and 0 after the last.
     """
     alphas = np.asarray(alphas, np.float64)[timesteps]
     sigmas = [*(((1 - alphas) / alphas) ** 0.5).tolist(), 0.0]
-    return (lambda x, t, sigma: eps_fn(x / (sigma ** 2 + 1) ** 0.5, int(t))), x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
+    return (lambda x, t, sigma: predict(x / (sigma ** 2 + 1) ** 0.5, int(t))), x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
 
 
-def dpm(eps_fn, x, timesteps, alphas):
+def dpm(predict, x, timesteps, alphas):
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095, algorithm 2); the first and last step are of first order."""
-    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     previous = None
     for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
-        clean = x - sigma * eps_fn(x, t, sigma)
+        clean = x - sigma * predict(x, t, sigma)
         target = clean
         if 0 < i < len(timesteps) - 1:
             target = clean + math.log(sigma / following) / math.log(sigmas[i - 1] / sigma) / 2 * (clean - previous)
@@ -288,43 +286,43 @@ def dpm(eps_fn, x, timesteps, alphas):
         yield x / (following ** 2 + 1) ** 0.5
 
 
-def lms(eps_fn, x, timesteps, alphas):
+def lms(predict, x, timesteps, alphas):
     """Linear multistep of order 4 in sigma, as in K. Crowson's k-diffusion on the equation of Karras et al. (2022)."""
-    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     history = ()
     for i, t in enumerate(timesteps):
-        history = (eps_fn(x, t, sigmas[i]), *history[:3])
+        history = (predict(x, t, sigmas[i]), *history[:3])
         weights = multistep_weights(sigmas[i::-1][:4], sigmas[i + 1])
-        x = x + sum(w * eps for w, eps in zip(weights, history))
+        x = x + sum(w * noise_pred for w, noise_pred in zip(weights, history))
         yield x
 
 
-def heun(eps_fn, x, timesteps, alphas):
+def heun(predict, x, timesteps, alphas):
     """Heun's method in sigma (Karras et al., 2022, algorithm 1): yields the Euler step, then its correction."""
     timesteps = timesteps[::2]
-    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
-        eps = eps_fn(x, t, sigma)
-        predicted = x + (following - sigma) * eps
+        noise_pred = predict(x, t, sigma)
+        predicted = x + (following - sigma) * noise_pred
         yield predicted
         if following > 0:
-            x = x + (following - sigma) / 2 * (eps + eps_fn(predicted, timesteps[i + 1], following))
+            x = x + (following - sigma) / 2 * (noise_pred + predict(predicted, timesteps[i + 1], following))
             yield x
 
 
-def euler(eps_fn, x, timesteps, alphas):
+def euler(predict, x, timesteps, alphas):
     """Euler's method in sigma (Karras et al., 2022)."""
-    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
-        x = x + (following - sigma) * eps_fn(x, t, sigma)
+        x = x + (following - sigma) * predict(x, t, sigma)
         yield x
 
 
-def euler_ancestral(eps_fn, x, timesteps, alphas, *, noise):
+def euler_ancestral(predict, x, timesteps, alphas, *, noise):
     """Euler's method down past the next sigma, then fresh noise up to it: as k-diffusion, after Ho et al. (2020)."""
-    eps_fn, x, sigmas = in_sigma_scale(eps_fn, x, timesteps, alphas)
+    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
-        x = x + (following ** 2 / sigma - sigma) * eps_fn(x, t, sigma)
+        x = x + (following ** 2 / sigma - sigma) * predict(x, t, sigma)
         x = x + following * (1 - (following / sigma) ** 2) ** 0.5 * next(noise)
         yield x
 
@@ -333,33 +331,33 @@ SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, 
               "euler_ancestral": euler_ancestral}
 
 
-def sampler(scheduler, schedule, eta, noise, steps=None):
-    """The scheduler as a function of (eps_fn, x, timesteps), with what it takes of eta, noise and the schedule."""
+def make_scheduler(name, schedule, eta, noise, steps=None):
+    """The scheduler of a name as a function of (predict, x, timesteps), with what it takes of the other arguments."""
     alphas = alphas_cumprod(schedule)
     ends = {"final_alpha": 1.0 if schedule["set_alpha_to_one"] else alphas[0], "steps": steps}
     needs = {"ddim": {**ends, "eta": eta, "noise": noise}, "pndm": ends, "euler_ancestral": {"noise": noise}}
-    return functools.partial(SCHEDULERS[scheduler], alphas=alphas, **needs.get(scheduler, {}))
+    return functools.partial(SCHEDULERS[name], alphas=alphas, **needs.get(name, {}))
 
 
 def add_noise(x, noise, alpha):
-    """x (...) with the share `alpha` of signal, the rest unit normal noise (Ho et al., 2020, equation 4)."""
+    """x (...) noised to alpha-bar `alpha` by unit normal noise (Ho et al., 2020, equation 4)."""
     return alpha ** 0.5 * x + (1 - alpha) ** 0.5 * noise
 
 
-def keeping(eps_fn, known, kept, alphas):
-    """eps_fn for repainting (Lugmayr et al., 2022, arXiv 2201.09865): where `kept` is 1, not 0, it predicts what leads
-    back to the latents `known`. So every scheduler puts them back after each step, at its own level of noise."""
-    def eps(x, t):
+def keeping(predict, known, kept, alphas):
+    """`predict` for repainting (Lugmayr et al., 2022, arXiv 2201.09865): where `kept` is 1, not 0, the noise is what
+    leads back to the latents `known`. So every scheduler puts them back after each step, at its own level of noise."""
+    def predict_kept(x, t):
         alpha = float(alphas[t])
-        return kept * (x - alpha ** 0.5 * known) / (1 - alpha) ** 0.5 + (1 - kept) * eps_fn(x, t)
+        return kept * (x - alpha ** 0.5 * known) / (1 - alpha) ** 0.5 + (1 - kept) * predict(x, t)
 
-    return eps
+    return predict_kept
 
 
 # ------------------------------------------------------------------------------------------------------------- pipeline
 
 @one_at_a_time
-def encode_prompt(cfg, params, prompts):
+def encode_prompt(cfg, prompts, params):
     """CLAP's text vectors of a text or a list of texts: np.float32 (n, projection_dim), unit length.
 
     Each text goes through the tower alone, so that what stands beside it changes nothing.
@@ -373,14 +371,15 @@ def encode_prompt(cfg, params, prompts):
         ids[0, :tokens] = row[:tokens]
         # RoBERTa counts positions over what is not padding, from pad_token_id + 1
         positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
-        bias = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
-        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(bias.astype(np.float32)),
+        mask = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
+        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(mask.astype(np.float32)),
                                mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
         vectors[prompt] = x / np.linalg.norm(x)
     return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
 
 
-def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
+@one_at_a_time
+def prompt_vectors(cfg, prompts, params, heard=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
     Of the prompts (a text or a list of texts), `heard`, the vector (1, projection_dim) that encode_audio made of an
@@ -388,47 +387,52 @@ def prompt_vectors(cfg, params, prompts=None, heard=None, weight=0.5):
     trained on CLAP's audio vectors.
     """
     if heard is None:
-        return encode_prompt(cfg, params, prompts)
+        return encode_prompt(cfg, prompts, params)
     if prompts is None:
         return heard
-    mixture = (1 - weight) * encode_prompt(cfg, params, prompts) + weight * heard
+    mixture = (1 - weight) * encode_prompt(cfg, prompts, params) + weight * heard
     return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
 
 
+def noise_predictor(cfg, x, embeds, params, sampling):
+    """predict(x, t) of the schedulers, for Tensors of the size of latents x: `guided_noise` with all else fixed."""
+    make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
+    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
+    p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
+    checkpoints.release(params)  # the text tower and what was prepared have done their work
+    unet_cfg = frozen({**cfg["unet"], "sample_size": None})  # or another would compile anew
+
+    def predict(x, t):
+        sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
+        return guided_noise(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
+
+    return predict
+
+
 @one_at_a_time
-def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, kept=None):
+def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, kept=None):
     """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
 
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
     noise, sampling, callback: as in `generate`, noise as an iterator
     known (n or 1, 8, h, w): latents to start from, as far as sampling["strength"] leaves them and where `kept`, bool
         (h,), says so to come back to
-    Raises InputError after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
+    Raises NotFinite after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
-    make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
-    embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
-    p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
-    checkpoints.release(params)  # the text tower and what was prepared have done their work
-    unet_cfg, loop = frozen({**cfg["unet"], "sample_size": None}), sampling["loop"]  # or another would compile anew
-
-    def eps_fn(x, t):
-        timestep = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
-        return guided_noise(x, timestep, embeds, scale, p, unet_cfg, loop)
-
-    steps, strength = sampling["num_inference_steps"], sampling["strength"]
+    predict, alphas = noise_predictor(cfg, x, embeds, params, sampling), alphas_cumprod(cfg["schedule"])
+    steps, strength = sampling["num_inference_steps"], sampling["strength"] or 1.0
     timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
-    predict, alphas = eps_fn, alphas_cumprod(cfg["schedule"])
     if known is not None:
         kept = kept[:, None]
         x = np.where(kept | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
         if kept.any():
             known = to_tensor(cfg, known.transpose(0, 2, 3, 1))
-            predict = keeping(eps_fn, known, to_tensor(cfg, kept[:, None]), alphas)
+            predict = keeping(predict, known, to_tensor(cfg, kept[:, None]), alphas)
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
-    sample = sampler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
+    scheduler = make_scheduler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
     on_cpu = checkpoints.use_device(cfg) == "CPU"
-    for i, x in enumerate(sample(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
+    for i, x in enumerate(scheduler(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
         called = callback is not None and i % sampling["callback_steps"] == 0
         if called or on_cpu or i == len(timesteps) - 1:
             latents = finite(to_numpy(x).transpose(0, 3, 1, 2), f"the latents after step {i + 1} of {len(timesteps)}")
@@ -439,7 +443,7 @@ def denoise(cfg, params, x, embeds, noise, sampling, callback=None, known=None, 
 
 
 @one_at_a_time
-def decode_latents(cfg, params, latents, loop=False):
+def decode_latents(cfg, latents, params, loop=False):
     """Latents np.float32 (n, 8, h, w) -> log-mel spectrograms np.float32 (n, 4h, 4w), one at a time."""
     x = np.asarray(latents, np.float32).transpose(0, 2, 3, 1) / np.float32(cfg["vae"]["scaling_factor"])
     make_room(cfg, "vae", x.shape[1:], loop)
@@ -449,7 +453,7 @@ def decode_latents(cfg, params, latents, loop=False):
 
 
 @one_at_a_time
-def vocode(cfg, params, mel, loop=False, window=1024):
+def vocode(cfg, mel, params, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
     At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
@@ -478,7 +482,7 @@ def vocode(cfg, params, mel, loop=False, window=1024):
 
 
 @one_at_a_time
-def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None):
+def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None):
     """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
 
     x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
@@ -488,100 +492,68 @@ def render(cfg, params, x, noise, embeds, sampling, callback=None, original=None
     known = kept = None
     if original is not None:
         share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
-        known = encode_latents(cfg, params, np.atleast_2d(original), cfg["vocoder"]["sampling_rate"])
+        known = encode_latents(cfg, np.atleast_2d(original), params, cfg["vocoder"]["sampling_rate"])
         share_by_row = np.pad(share, (0, size[1] * row_samples(cfg) - samples), mode="edge").reshape(size[1], -1)
         kept = share_by_row.max(axis=1) == 0
-    latents = denoise(cfg, params, x, embeds, noise, sampling, callback, known, kept)
+    latents = denoise(cfg, x, noise, embeds, params, sampling, callback, known, kept)
     if sampling["output_type"] == "latent":
         return latents
-    mel = decode_latents(cfg, params, latents, sampling["loop"])
+    mel = decode_latents(cfg, latents, params, sampling["loop"])
     if sampling["output_type"] == "mel":
         return mel
-    audio = vocode(cfg, params, mel, sampling["loop"])[:, :samples]
+    audio = vocode(cfg, mel, params, sampling["loop"])[:, :samples]
     return audio if original is None else share * audio + (1 - share) * original
 
 
 @one_at_a_time
-def generate(cfg, prompt=None, params=None, **options):
+def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prompt_embeds=None, audio_prompt=None,
+             init_audio=None, latents=None, noise=None, callback=None, audio_length_in_s=None, scheduler=None,
+             num_inference_steps=None, guidance_scale=None, negative_prompt=None, eta=None,
+             num_waveforms_per_prompt=None, audio_prompt_weight=None, strength=None, repaint=None, extend=None,
+             loop=None, seed=None, callback_steps=None, output_type=None):
     """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
 
     params: what weights.load_params(cfg) returned; None loads them for this call
-    options: any key of cfg["sampling"], for this call, where `seed` may also be a list of one a waveform, and
-        prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
-        audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
-        init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
-            parts; with `extend` the same and more of it
-        latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-        noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
-        callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the
-            latents in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait
-            for another thread that does: threads compute one at a time
+    prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
+    audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
+    init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
+        parts; with `extend` the same and more of it
+    latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
+    noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
+    callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
+        in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait for another
+        thread that does: threads compute one at a time
+    audio_length_in_s and all after it: as config.yaml explains them; None is what cfg["sampling"] says. `seed` may also
+        be a list of one a waveform
     With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
     another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
     seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
     both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
-    Raises InputError for unusable arguments or weights, before any model runs, and for latents that are not finite.
+    Raises InputError for unusable arguments or weights, before any model runs; of its kind are OutOfMemory, likewise,
+    and NotFinite.
     """
-    prompt_embeds, negative_embeds, audio_prompt, x, noise, callback = map(options.get, (
-        "prompt_embeds", "negative_prompt_embeds", "audio_prompt", "latents", "noise", "callback"))
-    if prompt_embeds is not None:
-        if prompt is not None or audio_prompt is not None:
-            raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
-        prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
-        conditions = [row.tobytes() for row in prompt_embeds]
-    else:
-        audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
-        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
-    n = len(conditions)
-    sampling = checked_options(cfg, options, n)
-    negative = sampling["negative_prompt"]
-    if negative_embeds is not None:
-        if negative is not None:
-            raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
-        negative_embeds = checked_vectors("negative_prompt_embeds", negative_embeds, n, cfg)
-    if callback is not None and not callable(callback):
-        raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
-    original, sampling = read_init_audio(cfg, options.get("init_audio"), sampling)
-    guided, takes, steps, extend = (sampling[name] for name in (
-        "guidance_scale", "num_waveforms_per_prompt", "num_inference_steps", "extend"))
-    guided, (_, size) = guided > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
-    shape = (n * takes, *size)
-    check_memory(cfg, shape, guided)
-    if extend and not (x is None and noise is None):
-        raise InputError("latents or noise stand beside extend; valid: a seed")
-    seeds = take_seeds(sampling["seed"], conditions, takes)
-    x = None if x is None else checked_array("latents", x, shape)
-    noise = None if noise is None else checked_array("noise", noise, (steps, *shape))
-    if params is None:
-        params = checkpoints.load_params(cfg)
+    call = checked_call(**{name: value for name, value in locals().items() if value is not None})
+    sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
+    params = checkpoints.load_params(cfg) if params is None else params
 
-    if prompt_embeds is None:
-        heard = None if audio_prompt is None else encode_audio(cfg, params, *audio_prompt)
-        prompt_embeds = prompt_vectors(cfg, params, prompt, heard, sampling["audio_prompt_weight"])
-    if guided and negative_embeds is None:
-        negative_embeds = encode_prompt(cfg, params, negative if isinstance(negative, (list, tuple)) else
-                                        [negative or ""] * n)
-    embeds = np.concatenate((negative_embeds, prompt_embeds)) if guided else prompt_embeds
+    conditional, unconditional = call.prompt_embeds, call.negative_prompt_embeds
+    if conditional is None:
+        heard = call.audio_prompt and encode_audio(cfg, call.audio_prompt[0], params, call.audio_prompt[1])
+        conditional = prompt_vectors(cfg, prompt, params, heard, sampling["audio_prompt_weight"])
+    embeds = conditional
+    if call.guided:
+        if unconditional is None:
+            unconditional = encode_prompt(cfg, call.negative_prompts, params)
+        embeds = np.concatenate((unconditional, conditional))
     embeds = np.repeat(embeds, takes, axis=0)
 
-    def draw(window):
-        first = window * (steps + 1)
-        return standard_normal(seeds, first, size), (standard_normal(seeds, first + i + 1, size) for i in range(steps))
-
-    def make(window, known, part):
-        done = window * len(scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"]))
-        counted = callback and (lambda step, *more: callback(done + step, *more))
-        return render(cfg, params, *draw(window), embeds, {**sampling, "repaint": [part]}, counted, known)
-
-    if extend:
-        result = extended(cfg, np.repeat(original[None], n * takes, axis=0), extend, make)
+    if sampling["extend"]:
+        result = extended(cfg, call, embeds, params)
     else:
-        drawn = draw(0)
-        result = render(cfg, params, drawn[0] if x is None else x, drawn[1] if noise is None else iter(noise), embeds,
-                        sampling, callback, original)
+        result = render(cfg, *draw(call), embeds, params, sampling, callback, call.original)
     if sampling["output_type"] != "np" or takes == 1:
         return result
-    return result[rank(cfg, params, prompt_embeds, result)[0]]
+    return result[rank(cfg, conditional, result, params)[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- audio and CLAP
@@ -663,19 +635,18 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
     size = cfg["spec_size"] // patch
     # successive parts of the time axis come one below the other in the image
     x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    x = conv1x1(x.reshape(n * size * size, patch * patch), audio_encoder["patch_embed.proj"])
-    x = layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
+    x = layers.conv1x1(x.reshape(n, size, size, patch * patch), audio_encoder["patch_embed.proj"])
+    x = layers.layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
     for stage in range(len(cfg["depths"])):
-        p = audio_encoder[nth("layers", stage)]
+        p = audio_encoder[layers.nth("layers", stage)]
         for i in range(cfg["depths"][stage]):
-            x = swin_block(x, (n, size, size), p[nth("blocks", i)], window,
-                           window // 2 if i % 2 == 1 and size > window else 0, cfg["num_attention_heads"][stage],
+            shift = window // 2 if i % 2 == 1 and x.shape[1] > window else 0
+            x = layers.swin_block(x, p[layers.nth("blocks", i)], window, shift, cfg["num_attention_heads"][stage],
                            cfg["layer_norm_eps"])
         if "downsample" in p:
-            x = patch_merging(x, (n, size, size), p["downsample"])
-            size = size // 2
-    x = layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, size * size, -1).mean(1)
-    return linear(ops.relu(linear(x, audio_projection["linear1"])), audio_projection["linear2"])
+            x = layers.patch_merging(x, p["downsample"])
+    x = layers.layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, -1, x.shape[3]).mean(1)
+    return layers.linear(ops.relu(layers.linear(x, audio_projection["linear1"])), audio_projection["linear2"])
 
 
 def heard_samples(cfg, sampling_rate):
@@ -685,7 +656,7 @@ def heard_samples(cfg, sampling_rate):
 
 
 @one_at_a_time
-def encode_audio(cfg, params, audio, sampling_rate=16000):
+def encode_audio(cfg, audio, params, sampling_rate=16000):
     """CLAP's audio vectors, np.float32 (n, projection_dim), unit length, one waveform at a time.
 
     audio: floating-point samples in [-1, 1], (samples,) or (n, samples), or a list of 1-D arrays of any lengths; the
@@ -706,22 +677,23 @@ def encode_audio(cfg, params, audio, sampling_rate=16000):
     return finite(x / np.linalg.norm(x, axis=1, keepdims=True), "the audio's vectors")
 
 
-def score(cfg, params, prompts, audio, sampling_rate=16000):
+@one_at_a_time
+def score(cfg, prompts, audio, params, sampling_rate=16000):
     """The cosines of CLAP's text and audio vectors, np.float32 (prompts, waveforms): how well each fits each.
 
     prompts as in `encode_prompt`, audio and sampling_rate as in `encode_audio`
     """
     prompts, audio = checked_prompts(prompts), checked_audio(audio, sampling_rate)
-    return encode_prompt(cfg, params, prompts) @ encode_audio(cfg, params, audio, sampling_rate).T
+    return encode_prompt(cfg, prompts, params) @ encode_audio(cfg, audio, params, sampling_rate).T
 
 
-def rank(cfg, params, embeds, audio):
+def rank(cfg, embeds, audio, params):
     """Each prompt's own waveforms by their CLAP similarity to it, best first.
 
     embeds (n, projection_dim), audio (n * takes, samples), by prompt -> (order, scores), (n * takes,) each: the indices
     into audio, by prompt and then from best to worst, and the cosines in that order.
     """
-    heard = encode_audio(cfg, params, audio, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
+    heard = encode_audio(cfg, audio, params, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
     scores = np.einsum("ntd,nd->nt", heard, embeds)
     order = np.argsort(-scores, axis=1, kind="stable")
     first = np.arange(len(embeds))[:, None] * heard.shape[1]
@@ -750,27 +722,24 @@ def vae_encode(x, p, cfg):
 
     Neither is multiplied by scaling_factor; the log variance is cut to -30 to 20, as there.
     """
-    groups, levels, eps = cfg["norm_num_groups"], len(cfg["block_out_channels"]), 1e-6
-    shapes, p, quant_conv = pyramid(x.shape, levels), p["encoder"], p["quant_conv"]
-    x = conv2d(x.reshape(-1, 1), shapes[0], p["conv_in"], False)
-    for level in range(levels):
-        block, shape = p[nth("down_blocks", level)], shapes[level]
+    groups, eps, quant_conv, p = cfg["norm_num_groups"], 1e-6, p["quant_conv"], p["encoder"]
+    x = layers.conv2d(x.expand_dims(3), p["conv_in"], False)
+    for level in range(len(cfg["block_out_channels"])):
+        block = p[layers.nth("down_blocks", level)]
         for i in range(cfg["layers_per_block"]):
-            x = resnet(x, shape, None, block[nth("resnets", i)], groups, eps, False)
+            x = layers.resnet(x, None, block[layers.nth("resnets", i)], groups, eps, False)
         if "downsamplers.0" in block:
-            x = encoder_downsample(x, shape, block["downsamplers.0"]["conv"])
-    block, shape = p["mid_block"], shapes[-1]
-    x = resnet(x, shape, None, block["resnets.0"], groups, eps, False)
-    x = image_attention(x, shape, block["attentions.0"], groups)
-    x = resnet(x, shape, None, block["resnets.1"], groups, eps, False)
-    x = conv2d(ops.silu(group_norm(x, shape, p["conv_norm_out"], groups, eps)), shape, p["conv_out"], False)
-    mean, log_variance = halves(conv1x1(x, quant_conv))
-    latents = (*shape, -1)
-    return mean.reshape(latents), ops.clamp(log_variance, -30.0, 20.0).reshape(latents)
+            x = layers.encoder_downsample(x, block["downsamplers.0"]["conv"])
+    x = layers.resnet(x, None, p["mid_block"]["resnets.0"], groups, eps, False)
+    x = layers.image_attention(x, p["mid_block"]["attentions.0"], groups)
+    x = layers.resnet(x, None, p["mid_block"]["resnets.1"], groups, eps, False)
+    x = layers.conv2d(ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps)), p["conv_out"], False)
+    mean, log_variance = layers.halves(layers.conv1x1(x, quant_conv))
+    return mean, ops.clamp(log_variance, -30.0, 20.0)
 
 
 @one_at_a_time
-def encode_latents(cfg, params, audio, sampling_rate=16000):
+def encode_latents(cfg, audio, params, sampling_rate=16000):
     """The UNet's latents np.float32 (n, 8, h, w) of waveforms, the inverse of `decode_latents` and `vocode`.
 
     They are the means of the VAE's encoder times scaling_factor. Silence fills the last row of a waveform.
@@ -828,12 +797,13 @@ def read_init_audio(cfg, audio, sampling):
             if sampling[name]:
                 raise InputError(f"{name} stands without init_audio; valid: both")
         return None, {**sampling, "audio_length_in_s": own_length(cfg) if length is None else length, "strength": 1.0}
-    rate, longest = cfg["vocoder"]["sampling_rate"], RANGES["sampling.audio_length_in_s"][1]
+    rate, longest = cfg["vocoder"]["sampling_rate"], checkpoints.RANGES["sampling.audio_length_in_s"][1]
     waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
     if not waveform.any():
         raise InputError("init_audio is silent; valid: music")
     waveform = resample(waveform, own_rate, rate).astype(np.float32)
-    length = checked_value("sampling.audio_length_in_s", len(waveform) / rate if length is None else length, None)
+    length = len(waveform) / rate if length is None else length
+    length = checkpoints.checked_value("sampling.audio_length_in_s", length, None)
     strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
     if int(sampling["num_inference_steps"] * strength) == 0:
         raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
@@ -876,20 +846,25 @@ def made_anew(samples, rate, parts, loop):
     return share
 
 
-def extended(cfg, audio, seconds, make):
-    """Waveforms (n, samples) with seconds of music after their end, or before their start if they are below 0.
+def extended(cfg, call, embeds, params):
+    """Waveforms (n, samples): call.original with seconds of music after its end, or before its start if below 0.
 
-    make(i, known, part): the i-th window, of the checkpoint's own length, from known (n, its samples) but for the part
-        [start, end] in seconds. What is known is half a window at most, but for the fade at its end.
+    It goes on by windows of the checkpoint's own length, from known music but for the part that is made. What is known
+    is half a window at most, but for the fade at its end.
+    call, embeds, params: as in `generate`
     """
-    rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
+    rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
+    window, _ = clip_size(cfg, own_length(cfg))
     ahead = slice(None, None, 1 if seconds > 0 else -1)  # below 0 all is done backwards
-    audio, wanted = audio[:, ahead], audio.shape[1] + round(abs(seconds) * rate)
+    audio = np.repeat(call.original[None, ahead], len(call.seeds), axis=0)
+    wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
         known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, ahead]
         start = context / rate - FADE
-        made = make(i, known, [start, window / rate] if seconds > 0 else [0, window / rate - start])
+        part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
+        counted = call.callback and (lambda step, *more: call.callback(i * call.evaluations + step, *more))
+        made = render(cfg, *draw(call, i), embeds, params, {**call.sampling, "repaint": [part]}, counted, known)
         audio = np.concatenate((audio[:, :-context], made[:, ahead]), axis=1)
     return audio[:, :wanted][:, ahead]
 
@@ -946,7 +921,7 @@ def byte_pairs(word, ranks):
 def text_to_tokens(text, ranks, added):
     """RoBERTa's tokens of one text. Special and added tokens in it count as such, the longest first, and may take the
     spaces on their left or right: see `load_vocabulary`."""
-    characters, tokens = byte_characters(), []
+    characters, tokens = checkpoints.byte_characters(), []
     pieces = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
     for i, piece in enumerate(pieces):  # text and token by turns
         if i % 2:
@@ -963,7 +938,7 @@ def text_to_tokens(text, ranks, added):
 
 def tokens_to_text(tokens, added):
     """The inverse of `text_to_tokens`."""
-    codes = {character: byte for byte, character in enumerate(byte_characters())}
+    codes = {character: byte for byte, character in enumerate(checkpoints.byte_characters())}
     parts = (token.encode() if token in added else bytes(codes[character] for character in token) for token in tokens)
     return b"".join(parts).decode("utf-8", errors="replace")
 
@@ -974,7 +949,7 @@ def tokenize(cfg, prompts):
     A prompt longer than the text tower's 512 positions, or than the tokenizer's own limit, is cut, with a warning that
     quotes what was cut.
     """
-    vocab, ranks, added, longest = load_vocabulary(cfg)
+    vocab, ranks, added, longest = checkpoints.load_vocabulary(cfg)
     rows = []
     for prompt in checked_prompts(prompts):
         tokens = text_to_tokens(prompt, ranks, added)
@@ -1056,9 +1031,9 @@ def to_numpy(tensor):
 
 
 def finite(array, what):
-    """The array; an InputError that names `what` if it holds NaN or Inf."""
+    """The array; a NotFinite that names `what` if it holds NaN or Inf."""
     if not np.isfinite(array).all():
-        raise InputError(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
+        raise checkpoints.NotFinite(f"NaN or Inf in {what}: the weights, the latents or the dtype are at fault")
     return array
 
 
@@ -1068,7 +1043,7 @@ def hifigan_reach(vocoder):
     block = max(sum((kernel - 1) // 2 * (dilation + 1) for dilation in d) for kernel, d in zip(kernels, dilations))
     reach, rate = 3, 1  # conv_pre has 7 taps
     for kernel, stride in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"]):
-        reach += polyphase(kernel, stride)[0] / rate
+        reach += layers.polyphase(kernel, stride)[0] / rate
         rate *= stride
         reach += block / rate
     return math.ceil(reach + 3 / rate)
@@ -1127,7 +1102,7 @@ def free_memory(cfg):
 
 
 def check_memory(cfg, shape, guided):
-    """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an InputError with an estimate.
+    """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an OutOfMemory with an estimate.
 
     The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU, and covers what lives at once
     elsewhere (tests/test_ascend.py).
@@ -1135,13 +1110,14 @@ def check_memory(cfg, shape, guided):
     n, _, h, w = shape
     in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
     levels = len(cfg["vae"]["block_out_channels"])
-    count = 9 * BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
+    count = 9 * layers.BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
                             6 * h * w * 4 ** (levels - 1) * in_vae[1])
     count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
     free = free_memory(cfg)
     if 4 * count > free:
-        raise InputError(f"{n} at once with latents of {h} x {w} would take about {4 * count / 1e9:.1f} GB of memory, "
-                         f"and {free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
+        raise checkpoints.OutOfMemory(
+            f"{n} at once with latents of {h} x {w} would take about {4 * count / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} are free; valid: a shorter audio_length_in_s or fewer at once")
 
 
 def take_seeds(seed, prompts, takes):
@@ -1162,6 +1138,50 @@ def standard_normal(seeds, draw, size):
     """The unit normal noise of one draw of a run, float32 (n, *size): each waveform's follows from its own seed."""
     streams = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
     return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
+
+
+def draw(call, window=0):
+    """(initial noise, iterator of the steps' noise) of a window: what `generate` was given, or from the seeds."""
+    steps = call.sampling["num_inference_steps"]
+    first = window * (steps + 1)
+    latents = standard_normal(call.seeds, first, call.size) if call.latents is None else call.latents
+    later = (standard_normal(call.seeds, first + i + 1, call.size) for i in range(steps))
+    return latents, later if call.noise is None else iter(call.noise)
+
+
+def checked_call(cfg, prompt=None, params=None, prompt_embeds=None, negative_prompt_embeds=None, audio_prompt=None,
+                 init_audio=None, latents=None, noise=None, callback=None, **options):
+    """`generate`'s arguments, all checked: a namespace of what follows from them."""
+    if prompt_embeds is not None:
+        if prompt is not None or audio_prompt is not None:
+            raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
+        prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
+        conditions = [row.tobytes() for row in prompt_embeds]
+    else:
+        audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
+        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
+    n, sampling = len(conditions), checked_options(cfg, options, len(conditions))
+    negative = sampling["negative_prompt"]
+    if negative_prompt_embeds is not None:
+        if negative is not None:
+            raise InputError("negative_prompt_embeds stands beside a negative_prompt; valid: one or the other")
+        negative_prompt_embeds = checked_vectors("negative_prompt_embeds", negative_prompt_embeds, n, cfg)
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
+    original, sampling = read_init_audio(cfg, init_audio, sampling)
+    guided, (_, size) = sampling["guidance_scale"] > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    shape = (n * sampling["num_waveforms_per_prompt"], *size)
+    check_memory(cfg, shape, guided)
+    if sampling["extend"] and not (latents is None and noise is None):
+        raise InputError("latents or noise stand beside extend; valid: a seed")
+    return types.SimpleNamespace(
+        sampling=sampling, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, size=size,
+        audio_prompt=audio_prompt, original=original, callback=callback, guided=guided,
+        seeds=take_seeds(sampling["seed"], conditions, sampling["num_waveforms_per_prompt"]),
+        negative_prompts=negative if isinstance(negative, (list, tuple)) else [negative or ""] * n,
+        evaluations=len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])),
+        latents=None if latents is None else checked_array("latents", latents, shape),
+        noise=None if noise is None else checked_array("noise", noise, (sampling["num_inference_steps"], *shape)))
 
 
 def checked_array(name, value, shape):
@@ -1190,7 +1210,7 @@ def checked_vectors(name, value, n, cfg):
 
 def checked_audio(audio, sampling_rate):
     """A list of (samples,) arrays, each with a finite floating-point sample or more."""
-    if not fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
+    if not checkpoints.fits(sampling_rate, 1) or not 1000 <= sampling_rate <= 192000:
         raise InputError(f"sampling_rate is {shown(sampling_rate)}; valid: an integer from 1000 to 192000")
     try:
         several = isinstance(audio, (list, tuple)) or np.ndim(audio) == 2
@@ -1222,12 +1242,8 @@ def checked_prompts(prompt):
 
 def checked_options(cfg, options, n):
     """cfg["sampling"] with the options of one call for n prompts, all checked."""
-    valid = [*cfg["sampling"], *ARRAYS_AND_CALLBACKS]
-    for name in options:
-        if name not in valid:
-            raise unknown("option", name, valid)
-    defaults = read_yaml(DEFAULT_CONFIG)["sampling"]
-    sampling = {name: checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
+    defaults = checkpoints.read_yaml(DEFAULT_CONFIG)["sampling"]
+    sampling = {name: checkpoints.checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
                 for name, default in defaults.items()}
     scheduler, train = sampling["scheduler"], cfg["schedule"]["num_train_timesteps"]
     longest = train - cfg["schedule"]["steps_offset"] - (scheduler == "dpm")  # more would begin past the schedule
@@ -1250,6 +1266,14 @@ def numbered(path, name):
     """The path with a number, or several, before its ending."""
     path = pathlib.Path(path)
     return path.parent / f"{path.stem}{name}{path.suffix}"
+
+
+def output_paths(outs, names, replace):
+    """For each of `outs`, its path under each of the names; those of a later run, -2, -3, ..., if one is there."""
+    for run in itertools.count(1):
+        found = [[numbered(out, f"-{run}{name}" if run > 1 else name) for name in names] for out in outs]
+        if replace or not any(path.is_file() for paths in found for path in paths):
+            return found
 
 
 def check_output(flag, paths, formats, size):
@@ -1349,6 +1373,29 @@ def read_prompts(args):
     return prompts
 
 
+SHORTCUTS = {
+    "--seconds": ("sampling.audio_length_in_s", "S", "length, 0.04 to 600 (default the checkpoint's own, or that of "
+                                                     "--init-audio)"),
+    "--steps": ("sampling.num_inference_steps", "N", "UNet evaluations, 1 to 999: more are slower and better"),
+    "--scheduler": ("sampling.scheduler", "NAME", "ddim, dpm, pndm, lms, heun, euler or euler_ancestral"),
+    "--guidance": ("sampling.guidance_scale", "G", "how much the prompt leads; up to 1 not at all, in half the time"),
+    "--eta": ("sampling.eta", "E", "fresh noise in each step of ddim, 0 to 1"),
+    "--seed": ("sampling.seed", "N", "0 or more, or random: the same seed gives the same music"),
+    "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, the one most like it first"),
+    "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
+    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, up to 1 (default 0.5)"),
+    "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
+    "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
+    "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),
+}
+EXAMPLES = """
+examples:
+  a quick draft            python musicldm.py --prompt "slow sad piano" --scheduler dpm --steps 25
+  the best of four takes   python musicldm.py --prompt "slow sad piano" --waveforms 4 --seed random
+  four seconds made anew   python musicldm.py --prompt "slow sad piano" --init-audio song.wav --repaint 4:8
+"""
+
+
 def parse_arguments(argv):
     """The command line as a namespace; an InputError for what it does not know. `set` holds config overrides."""
     def fail(message):
@@ -1364,8 +1411,10 @@ def parse_arguments(argv):
             raise argparse.ArgumentTypeError(f"{shown(text)}; valid: seconds, such as 4:8 or 2.5:3")
         return [float(number) for number in text.split(":")]
 
-    def as_meant(text):
+    def as_meant(key, text):
         """The number that a text is to people, or itself; YAML 1.1 reads 010 as 8, 1:30 as 90 and no as false."""
+        if (key, text) == ("sampling.seed", "random"):
+            return secrets.randbelow(2 ** 31)
         with contextlib.suppress(ValueError):
             return int(text)
         with contextlib.suppress(ValueError):
@@ -1373,7 +1422,8 @@ def parse_arguments(argv):
             return int(number) if number % 1 == 0 else number if math.isfinite(number) else text  # 1e3 is an integer
         return text
 
-    parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Text to music with MusicLDM.", epilog=EXAMPLES, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to play; may be repeated")
     parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; files are named by line and seed")
@@ -1384,24 +1434,23 @@ def parse_arguments(argv):
     parser.add_argument("--repaint", type=part, action="append", default=[], metavar="START:END",
                         help="seconds of it to make anew; may be repeated")
     parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
-    shortcuts = {"--seconds": "sampling.audio_length_in_s", "--steps": "sampling.num_inference_steps",
-                 "--guidance": "sampling.guidance_scale", "--scheduler": "sampling.scheduler", "--eta": "sampling.eta",
-                 "--seed": "sampling.seed", "--waveforms": "sampling.num_waveforms_per_prompt",
-                 "--audio-prompt-weight": "sampling.audio_prompt_weight", "--strength": "sampling.strength",
-                 "--extend": "sampling.extend", "--device": "device", "--dtype": "dtype"}
-    for flag, key in shortcuts.items():
-        parser.add_argument(flag, dest="set", action="append", metavar=key.split(".")[-1].upper(), help=f"sets {key}",
-                            type=lambda value, key=key: f"{key}={json.dumps(as_meant(value))}")
+    defaults = checkpoints.read_yaml(DEFAULT_CONFIG)
+    for flag, (key, metavar, text) in SHORTCUTS.items():
+        default = functools.reduce(dict.get, key.split("."), defaults)
+        parser.add_argument(flag, dest="set", action="append", metavar=metavar,
+                            help=text if default is None else f"{text} (default {default})",
+                            type=lambda value, key=key: f"{key}={json.dumps(as_meant(key, value))}")
     parser.add_argument("--loop", dest="set", action="append_const", const="sampling.loop=true",
                         help="a clip that repeats without a seam")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any other config key")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any key of config.yaml")
     parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
-    parser.add_argument("--weights", metavar="DIR|HUB-ID|demo|random",
-                        help="checkpoint folder, hub id, the folder beside this file, or random weights")
+    parser.add_argument("--weights", metavar="DIR|HUB-ID|demo|random", help="checkpoint folder, hub id such as "
+                        f"ucsd-reach/musicldm, our own small one, or random numbers (default {defaults['weights']})")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
-    parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending")
+    parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending; if the "
+                        "file is there, a number is added (default musicldm.wav)")
     parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once (default 1)")
     parser.add_argument("--resume", action="store_true", help="skip what is written already")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     args, repeated = parser.parse_args(argv), ("--prompt", "--negative-prompt", "--repaint", "--set",
@@ -1485,8 +1534,10 @@ def planned(args):
     else:
         names = [(f"_{row // takes + 1}" if n > 1 else "") + (f"_{row % takes + 1}" if takes > 1 else "")
                  for row in range(n * takes)]
-    paths = [numbered(args.out, name) for name in names]
-    pictures = [] if args.spectrogram is None else [numbered(args.spectrogram, name) for name in names]
+    worker = os.environ.get("MS_ROLE") == "MS_WORKER"  # which must not take what others of them write for old
+    paths, *pictures = output_paths([args.out, *([] if args.spectrogram is None else [args.spectrogram])], names,
+                                    args.resume or worker)
+    pictures = pictures[0] if pictures else []
     check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
     if pictures:
         check_output("--spectrogram", pictures, (".png",), 1)
@@ -1495,7 +1546,7 @@ def planned(args):
 
     together = max(1, args.batch // takes)
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
-    if os.environ.get("MS_ROLE") == "MS_WORKER":
+    if worker:
         # each process of msrun takes whole groups, so that no file depends on how many processes there are
         if "RANK_ID" not in os.environ:
             raise InputError("RANK_ID is not set; valid on several hosts: msrun with --node_rank")
@@ -1528,35 +1579,36 @@ def what_graphs_follow_from(plan):
 
 def produce(plan, params, quiet):
     """Yield for each group {path: bytes} of the files that are missing, and a line about each waveform."""
-    cfg, sampling, takes = plan.cfg, plan.sampling, plan.sampling["num_waveforms_per_prompt"]
+    sampling, takes = plan.sampling, plan.sampling["num_waveforms_per_prompt"]
+    cfg = {**plan.cfg, "sampling": {**plan.cfg["sampling"], "negative_prompt": None}}  # it goes as vectors
     weight, rate = sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"]
     seconds = plan.samples / rate
     evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"],
                                           sampling["strength"]))
     if sampling["extend"]:
         evaluations *= window_count(cfg, len(plan.original), sampling["extend"])
-    heard = None if plan.audio_prompt is None else encode_audio(cfg, params, *plan.audio_prompt)
+    heard = None if plan.audio_prompt is None else encode_audio(cfg, plan.audio_prompt[0], params, plan.audio_prompt[1])
     if plan.interpolated:
-        way = interpolate(*prompt_vectors(cfg, params, plan.texts, heard, weight), plan.interpolated)
+        way = interpolate(*prompt_vectors(cfg, plan.texts, params, heard, weight), plan.interpolated)
     if len(plan.missing) > 1:
         params = {**params, "unet": prepared(cfg, params["unet"])}
     for group, missing in plan.missing.items():
         here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
         toward = way[here] if plan.interpolated else prompt_vectors(
-            cfg, params, plan.texts[here] if plan.prompted else None, heard, weight)
-        away = encode_prompt(cfg, params, plan.negatives[here]) if plan.guided else None
+            cfg, plan.texts[here] if plan.prompted else None, params, heard, weight)
+        away = encode_prompt(cfg, plan.negatives[here], params) if plan.guided else None
         audio = []
         for first in range(0, len(rows), plan.batch):
             some = rows[first:first + plan.batch]
             prompts = [row // takes - group.start for row in some]
             name = f"{some[0] + 1}/{len(plan.paths)}  " if len(plan.paths) > 1 else ""
-            audio.append(generate(cfg, None, params, prompt_embeds=toward[prompts], negative_prompt=None,
+            audio.append(generate(cfg, None, params, prompt_embeds=toward[prompts],
                                   negative_prompt_embeds=away[prompts] if plan.guided else None,
                                   init_audio=plan.original, seed=[plan.seeds[row] for row in some],
                                   num_waveforms_per_prompt=1, callback_steps=1,
                                   callback=None if quiet else progress_line(name, evaluations)))
         audio = np.concatenate(audio)
-        order, scores = rank(cfg, params, toward, audio) if takes > 1 else (range(len(rows)), None)
+        order, scores = rank(cfg, toward, audio, params) if takes > 1 else (range(len(rows)), None)
         files, lines = {}, []
         for place, i in enumerate(order):
             row = rows[i if plan.named_by_seed else place]  # whose name the file gets: of its seed, or of its place

@@ -8,6 +8,7 @@ a MindSpore graph takes dicts at most six deep.
 import contextlib
 import difflib
 import functools
+import inspect
 import json
 import math
 import mmap
@@ -26,7 +27,10 @@ import safetensors.numpy
 import yaml
 from mindspore import Tensor
 
-import layers
+if __package__:  # when the files lie in a package
+    from . import layers
+else:
+    import layers
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
           "vocoder": "model"}
@@ -117,6 +121,14 @@ TOKENIZER_JSON = {"normalizer.type": None, "pre_tokenizer.type": "ByteLevel", "p
 
 class InputError(ValueError):
     """Something passed in is unusable; the message is one line that names it and says what would be valid."""
+
+
+class OutOfMemory(InputError):
+    """There is too little free memory here and now: fewer at once, a shorter clip, or the same later may work."""
+
+
+class NotFinite(InputError):
+    """What was computed holds NaN or Inf: the weights or the dtype are at fault, not the request."""
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -960,10 +972,14 @@ def one_at_a_time(function):
     """The function for callers in any number of threads, which wait for each other; it may call others of its kind.
 
     It raises InputError in a process that was forked after computing, where it would wait for ever: a fork takes none
-    of MindSpore's threads along.
+    of MindSpore's threads along. And for parameters in the second place, where data come.
     """
     @functools.wraps(function)
     def call(*given, **named):
+        if len(given) > 1 and isinstance(given[1], dict):
+            places = [name for name, x in inspect.signature(function).parameters.items() if x.kind != x.KEYWORD_ONLY]
+            name = function.__name__
+            raise InputError(f"{name} got the parameters second; valid: {name}({', '.join(places)})")
         if computing_process() != os.getpid():
             raise InputError("this process was forked from one that had computed with MindSpore; valid: to fork before "
                              "that, or to start processes by multiprocessing's 'spawn'")

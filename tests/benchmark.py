@@ -155,7 +155,7 @@ def musicldm_stages(args, dtype):
             profiler = mindspore.Profiler(start_profile=False, output_path=folder,
                                           activities=[mindspore.profiler.ProfilerActivity.CPU])
             at = {3: profiler.start, 13: profiler.stop}
-            musicldm.denoise(cfg, params, latents, embeds, iter(()), {**cfg["sampling"], "num_inference_steps": 15},
+            musicldm.denoise(cfg, latents, iter(()), embeds, params, {**cfg["sampling"], "num_inference_steps": 15},
                              lambda step, *_: at[step]() if step in at else None)
             (path,) = pathlib.Path(folder).rglob("cpu_op_type_info_*.csv")
             with path.open() as file:
@@ -170,11 +170,11 @@ def musicldm_stages(args, dtype):
         "matmul": matmul,
         "operators": operators,
         "compiler": lambda: {"seconds": sum(compiling)},
-        "prompt": timed(lambda: musicldm.encode_prompt(cfg, params, [PROMPT, ""])),
+        "prompt": timed(lambda: musicldm.encode_prompt(cfg, [PROMPT, ""], params)),
         "unet": timed_steps(lambda callback: musicldm.denoise(
-            cfg, params, latents, embeds, iter(()), few_steps, callback), few_steps["num_inference_steps"]),
-        "vae": timed(lambda: musicldm.decode_latents(cfg, params, latents)),
-        "vocoder": timed(lambda: musicldm.vocode(cfg, params, mel)),
+            cfg, latents, iter(()), embeds, params, few_steps, callback), few_steps["num_inference_steps"]),
+        "vae": timed(lambda: musicldm.decode_latents(cfg, latents, params)),
+        "vocoder": timed(lambda: musicldm.vocode(cfg, mel, params)),
         "generate": timed_steps(lambda callback: musicldm.generate(
             cfg, PROMPT, params, num_inference_steps=args.steps, callback=callback), args.steps),
         **training_steps(cfg, params)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Print the distance to the reference, largest error over largest value, of every stage.
+"""Print the distance to the reference, largest error over largest value, of every stage, and how long each takes.
 
-    python tests/parity.py                            # the cases of golden/
+    python tests/parity.py                            # the cases of golden/, on the device that MindSpore finds
     python tests/parity.py CHECKPOINT REFERENCE.npz   # what make_golden.py CHECKPOINT REFERENCE.npz computed
     python tests/parity.py --schedulers CHECKPOINT [SECONDS]   # instead: how far fewer steps are from 200 of DDIM
     python tests/parity.py --bfloat16 CHECKPOINT [SECONDS]     # instead: how far bfloat16 is from float32
@@ -9,28 +9,67 @@
 import concurrent.futures
 import multiprocessing
 import pathlib
+import platform
 import sys
+import timeit
 import types
 import warnings
 
+import mindspore
 import numpy as np
 from mindspore import ops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from conftest import CASES, GOLDEN, case_config, case_options, relative_error  # noqa: E402
+from conftest import CASES, case_config, case_options, golden_config, reference, relative_error  # noqa: E402
 
 import layers  # noqa: E402
 import musicldm  # noqa: E402
 import weights  # noqa: E402
 
 
+BARS = {"float32": (1e-5, 2e-5, 3e-5, 2e-4), "float16": (1e-2, 1e-2, 1e-2, 5e-2)}
+
+
 def distances(name, cfg, params, expected, options):
     steps, prompt = [], CASES[name]["prompt"]
     audio = musicldm.generate(cfg, prompt, params, **options, callback=lambda step, timestep, x: steps.append(x))
-    return [relative_error(musicldm.encode_prompt(cfg, params, prompt), expected["prompt_embeds"]),
+    return [relative_error(musicldm.encode_prompt(cfg, prompt, params), expected["prompt_embeds"]),
             max(map(relative_error, steps, expected["step_latents"])),
-            relative_error(musicldm.decode_latents(cfg, params, steps[-1]), expected["mel"]),
+            relative_error(musicldm.decode_latents(cfg, steps[-1], params), expected["mel"]),
             relative_error(audio, expected["audio"])]
+
+
+def seconds(cfg, params):
+    """{stage: seconds of a first call, which compiles, and of a second} for 10.24 s with guidance."""
+    (samples, size), vectors = musicldm.clip_size(cfg, 10.24), np.eye(2, cfg["text_encoder"]["projection_dim"])
+    latents, vectors = np.random.default_rng(0).standard_normal((1, *size), np.float32), vectors.astype(np.float32)
+    sampling = {**cfg["sampling"], "num_inference_steps": 10}
+    mel = musicldm.decode_latents(cfg, latents, params)
+    stages = {"prompt": lambda: musicldm.encode_prompt(cfg, "a slow blues", params),
+              "10 UNet steps": lambda: musicldm.denoise(cfg, latents, iter(()), vectors, params, sampling),
+              "VAE": lambda: musicldm.decode_latents(cfg, latents, params),
+              "vocoder": lambda: musicldm.vocode(cfg, mel, params),
+              "audio tower": lambda: musicldm.encode_audio(cfg, np.ones(samples) / 2, params)}
+    return {name: [timeit.timeit(call, number=1) for _ in range(2)] for name, call in stages.items()}
+
+
+def report():
+    """All that a report from another device should say, to be pasted as it is."""
+    cfg = musicldm.load_config(weights="demo")
+    print(f"{weights.device_in_words(cfg)}; MindSpore {mindspore.__version__}, NumPy {np.__version__}, Python "
+          f"{platform.python_version()}, {platform.platform()}")
+    for dtype, bars in BARS.items():
+        print(f"\n| {dtype} | prompt vector | latents, worst step | log-mel | waveform |\n|---|---|---|---|---|")
+        print("| bar | " + " | ".join(f"{x:.0e}" for x in bars) + " |")
+        params = weights.load_params({**golden_config(), "dtype": dtype})
+        for name in CASES:
+            found = distances(name, {**case_config(name), "dtype": dtype}, params, reference(name), case_options(name))
+            print(f"| {name} | " + " | ".join(f"{x:.0e}{'' if x < bar else ' (over)'}"
+                                              for x, bar in zip(found, bars)) + " |", flush=True)
+        cfg = {**cfg, "dtype": dtype}
+        took = seconds(cfg, weights.load_params(cfg))
+        print("\nSeconds, first and second call, on demo/: " + ", ".join(
+            f"{name} {first:.2f} and {second:.2f}" for name, (first, second) in took.items()), flush=True)
 
 
 def schedulers(checkpoint, seconds=2.56):
@@ -80,7 +119,7 @@ def latents_and_mels(checkpoint, seconds, seed, in_bfloat16):
     for steps in (20, 200):
         latents = musicldm.generate(cfg, CASES["guided"]["prompt"], params, num_inference_steps=steps, seed=seed,
                                     audio_length_in_s=float(seconds), output_type="latent")
-        arrays += [latents, musicldm.decode_latents(cfg, params, latents)]
+        arrays += [latents, musicldm.decode_latents(cfg, latents, params)]
     return arrays
 
 
@@ -102,17 +141,16 @@ def main():
         return schedulers(*sys.argv[2:])
     if sys.argv[1:2] == ["--bfloat16"]:
         return bfloat16(*sys.argv[2:])
-    path = sys.argv[2] if sys.argv[1:] else GOLDEN / "arrays.npz"
-    names, params = ["guided"] if sys.argv[1:] else list(CASES), None
-    print("| | prompt vector | latents, worst step | log-mel | waveform |\n|---|---|---|---|---|")
-    for name in names:
-        with np.load(path) as file:
-            expected = {key.split(".")[1]: file[key] for key in file.files if key.startswith(f"{name}.")}
-        cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, sys.argv[1]) if sys.argv[1:] else case_config(name)
-        params = params or weights.load_params(cfg)
-        options = {**case_options(name), "latents": expected["in_latents"],
-                   "audio_length_in_s": expected["audio"].shape[1] / cfg["vocoder"]["sampling_rate"]}
-        print(f"| {name} | " + " | ".join(f"{x:.0e}" for x in distances(name, cfg, params, expected, options)) + " |")
+    if not sys.argv[1:]:
+        return report()
+    with np.load(sys.argv[2]) as file:
+        expected = {key.split(".")[1]: file[key] for key in file.files}
+    cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, sys.argv[1])
+    options = {**case_options("guided"), "latents": expected["in_latents"],
+               "audio_length_in_s": expected["audio"].shape[1] / cfg["vocoder"]["sampling_rate"]}
+    found = distances("guided", cfg, weights.load_params(cfg), expected, options)
+    print("| | prompt vector | latents, worst step | log-mel | waveform |\n|---|---|---|---|---|\n| guided | "
+          + " | ".join(f"{x:.0e}" for x in found) + " |")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pathlib
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from conftest import GOLDEN, golden_config
 from PIL import Image
 
 import musicldm
+import weights
 from weights import InputError
 
 ROOT = pathlib.Path(musicldm.__file__).parent
@@ -88,6 +90,33 @@ def test_one_prompt_one_file(capsys):
     assert err.splitlines()[-1].startswith("step 2/2  ")
 
 
+def test_a_file_that_is_there_is_not_replaced(capsys):
+    pathlib.Path("x_2.wav").write_text("old")
+    for seed in ("1", "2"):
+        assert musicldm.main(["--prompt", "a", "--prompt", "b", *TINY, "--seed", seed, "--out", "x.wav"]) == 0
+    names = ["x-2_1.wav", "x-2_2.wav", "x-3_1.wav", "x-3_2.wav"]
+    assert files() == [*names, "x_2.wav"] and pathlib.Path("x_2.wav").read_text() == "old"
+    out = capsys.readouterr().out
+    assert [re.search(f"{name}  0.32 s  seed (.)", out)[1] for name in names] == ["1", "1", "2", "2"]
+
+
+def test_a_random_seed_is_another_each_time():
+    seeds = {musicldm.parse_arguments(["--seed", "random"]).set[0] for _ in range(5)}
+    assert len(seeds) == 5 and all(re.fullmatch(r"sampling\.seed=\d+", seed) for seed in seeds)
+
+
+def test_help_says_what_every_flag_does_and_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        musicldm.parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    defaults = weights.read_yaml(musicldm.DEFAULT_CONFIG)
+    for flag, (key, metavar, meaning) in musicldm.SHORTCUTS.items():
+        section, _, name = key.rpartition(".")
+        default = (defaults[section] if section else defaults)[name]
+        assert f"{flag} {metavar} {meaning}" + ("" if default is None else f" (default {default})") in text
+    assert all(name in text for name in musicldm.SCHEDULERS) and "--scheduler dpm --steps 25" in text
+
+
 def test_only_the_prompt_is_needed():
     args = musicldm.parse_arguments(["--prompt", "a"])
     assert args.set == [] and musicldm.read_prompts(args) == {1: "a"}
@@ -145,7 +174,7 @@ def test_takes_are_ranked_within_their_prompt(capsys, params):
     assert scores[0] >= scores[1] and scores[2] >= scores[3]
     for i, (path, seed, score) in enumerate(lines):
         assert_same(path, written("--prompt", prompts[i // 2], "--seed", seed))
-        cosine = musicldm.score(golden_config(), params, prompts[i // 2], soundfile.read(path)[0])
+        cosine = musicldm.score(golden_config(), prompts[i // 2], soundfile.read(path)[0], params)
         assert abs(cosine[0, 0] - float(score)) < 1e-3
 
 
@@ -320,8 +349,9 @@ def test_an_audio_prompt_alone_and_with_a_text(params):
     t = np.arange(44100) / 44100
     soundfile.write("heard.flac", 0.3 * np.sin(2 * np.pi * np.stack([220 * t, 331 * t], axis=1)), 44100)
     cfg, given = golden_config(), ["--audio-prompt", "heard.flac"]
-    heard = musicldm.encode_audio(cfg, params, *musicldm.read_audio(cfg, "heard.flac"))[0]
-    text, results = musicldm.encode_prompt(cfg, params, "drums")[0], []
+    audio, rate = musicldm.read_audio(cfg, "heard.flac")
+    heard = musicldm.encode_audio(cfg, audio, params, rate)[0]
+    text, results = musicldm.encode_prompt(cfg, "drums", params)[0], []
     for arguments, vector in (([], heard), (["--prompt", "drums"], text + heard),
                               (["--prompt", "drums", "--audio-prompt-weight", "0.25"], 3 * text + heard)):
         expected = musicldm.generate(cfg, None, params, prompt_embeds=vector[None] / np.linalg.norm(vector),
@@ -558,6 +588,24 @@ def test_readme_main_command(beside):
     audio, rate = soundfile.read(folder / command[command.index("--out") + 1])
     assert rate == 16000 and len(audio) == 163840
     assert 0.02 < audio.std() < 0.5 and np.abs(audio).max() <= 1
+
+
+IN_A_PACKAGE = """
+import sys
+from copied import musicldm, weights
+cfg = musicldm.load_config(weights=sys.argv[1])
+print(musicldm.encode_prompt(cfg, "a", weights.load_params(cfg)).tobytes().hex())
+"""
+
+
+def test_the_files_work_in_a_package(params, elsewhere):
+    package = elsewhere / "copied"
+    package.mkdir()
+    for name in ("musicldm.py", "layers.py", "weights.py", "config.yaml"):
+        shutil.copy(ROOT / name, package)
+    done = subprocess.run([sys.executable, "-c", IN_A_PACKAGE, str(GOLDEN / "checkpoint")], stdout=subprocess.PIPE,
+                          text=True, check=True)
+    assert done.stdout.strip() == musicldm.encode_prompt(golden_config(), "a", params).tobytes().hex()
 
 
 def test_readme_python(params, monkeypatch):

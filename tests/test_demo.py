@@ -98,4 +98,4 @@ def test_the_best_take_comes_first(beside):
     cfg = musicldm.load_config()
     params = {"text_encoder": weights.load_params(cfg)["text_encoder"]}
     audio = np.stack([soundfile.read(folder / f"loop_{i}.wav", dtype="float32")[0] for i in (1, 2, 3)])
-    assert np.allclose(musicldm.score(cfg, params, LOOP[1], audio)[0], scores, atol=2e-3)
+    assert np.allclose(musicldm.score(cfg, LOOP[1], audio, params)[0], scores, atol=2e-3)

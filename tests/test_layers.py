@@ -21,10 +21,6 @@ def normal():
     return lambda *shape: rng.standard_normal(shape).astype(np.float32)
 
 
-def rows(x):
-    return Tensor(x.reshape(-1, x.shape[-1]))
-
-
 def layer(weight, bias):
     return {"weight": Tensor(weight), "bias": Tensor(bias)}
 
@@ -78,22 +74,29 @@ def correlate2d(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
 
 def convolved(x, weight, bias, *, stride=1, upsample_to=None, loop=False):
     """conv2d, downsample or upsample of an image (N, H, W, C)."""
-    shape, p = x.shape[:3], layer(weight, bias)
+    p = layer(weight, bias)
     if upsample_to is not None:
-        y = layers.upsample(rows(x), shape, (len(x), *upsample_to), p, loop)
-    else:
-        y = (layers.downsample if stride == 2 else layers.conv2d)(rows(x), shape, p, loop)
-    height, width = upsample_to or (-(-size // stride) for size in shape[1:])
-    return y.asnumpy().reshape(len(x), height, width, -1)
+        return layers.upsample(Tensor(x), upsample_to, p, loop).asnumpy()
+    return (layers.downsample if stride == 2 else layers.conv2d)(Tensor(x), p, loop).asnumpy()
 
 
-@pytest.mark.parametrize("size, options", [
+SIZES = [
     ((5, 4), {}), ((1, 1), {}), ((5, 4), {"stride": 2}), ((6, 2), {"stride": 2}), ((3, 1), {"stride": 2}),
     ((3, 2), {"upsample_to": (6, 4)}), ((3, 2), {"upsample_to": (5, 4)}), ((3, 2), {"upsample_to": (5, 3)}),
     ((5, 4), {"loop": True}), ((1, 3), {"loop": True}), ((6, 3), {"loop": True, "stride": 2}),
     ((2, 1), {"loop": True, "stride": 2}), ((3, 2), {"loop": True, "upsample_to": (6, 4)}),
     ((1, 2), {"loop": True, "upsample_to": (2, 3)}),
-])
+]
+
+
+@pytest.mark.parametrize("size, options", SIZES)
+def test_the_definition_of_a_convolution(size, options, normal):
+    x, weight, stride = normal(2, *size, 3).astype(np.float64), normal(5, 3, 3, 3), options.get("stride", 1)
+    geometry = layers.geometry2d(x.shape, stride, options.get("upsample_to"), options.get("loop", False))
+    assert np.allclose(layers.plain_convolution(x, weight, geometry), correlate2d(x, weight, 0, **options), atol=1e-12)
+
+
+@pytest.mark.parametrize("size, options", SIZES)
 def test_conv2d(size, options, way, normal):
     x, weight, bias = normal(2, *size, 3), normal(5, 3, 3, 3), normal(5)
     y = convolved(x, weight, bias, **options)
@@ -149,28 +152,30 @@ def test_convolution_by_blocks(options, way, n, block, monkeypatch, normal):
 @pytest.mark.parametrize("kernel, dilation", [(3, 1), (7, 1), (3, 5), (11, 3)])
 def test_conv1d(kernel, dilation, way, normal):
     x, weight, bias = normal(2, 13, 3), normal(5, 3, kernel), normal(5)
-    y = layers.conv1d(rows(x), (2, 13), layer(weight, bias), kernel, dilation).asnumpy().reshape(2, 13, 5)
+    y = layers.conv1d(Tensor(x), layer(weight, bias), kernel, dilation).asnumpy()
     spread = np.zeros((5, 3, dilation * (kernel - 1) + 1))
     spread[..., ::dilation] = weight
     half = dilation * (kernel - 1) // 2
     padded = np.pad(x.astype(np.float64), ((0, 0), (half, half), (0, 0)))
     expected = np.stack([[sum(signal.correlate(clip[:, i], taps[i], mode="valid") for i in range(3)) for taps in spread]
                          for clip in padded]).transpose(0, 2, 1) + bias
+    plain = layers.plain_convolution(x[:, :, None].astype(np.float64), weight[..., None],
+                                     layers.geometry1d(x.shape, kernel, dilation))
+    assert np.allclose(plain[:, :, 0] + bias, expected, atol=1e-12)
     assert relative_error(y, expected) < bar(way, kernel)
 
 
 @pytest.mark.parametrize("kernel, stride", [(16, 5), (16, 4), (8, 2), (4, 2), (16, 8), (3, 1), (5, 3)])
 def test_conv_transpose1d(kernel, stride, way, normal):
     x, weight, bias = normal(2, 7, 3), normal(3, 4, kernel), normal(4)
-    y = layers.conv_transpose1d(rows(x), (2, 7), layer(weight, bias), kernel, stride).asnumpy()
+    y = layers.conv_transpose1d(Tensor(x), layer(weight, bias), kernel, stride).asnumpy()
     spread = np.zeros((2, 6 * stride + 1, 3))
     spread[:, ::stride] = x
     padding = (kernel - stride) // 2
     full = np.stack([[sum(np.convolve(clip[:, i], weight[i, o].astype(np.float64)) for i in range(3)) for o in range(4)]
                      for clip in spread])
     expected = full[:, :, padding:full.shape[2] - padding].transpose(0, 2, 1) + bias
-    assert layers.upsampled((2, 7), kernel, stride) == expected.shape[:2]
-    assert relative_error(y.reshape(expected.shape), expected) < bar(way, layers.polyphase(kernel, stride)[1])
+    assert relative_error(y, expected) < bar(way, layers.polyphase(kernel, stride)[1])
 
 
 @pytest.mark.parametrize("n", [2, 8, 63, 64])
@@ -186,7 +191,7 @@ def test_linear(n, normal):
 @pytest.mark.parametrize("offset", [0, 3, 300])
 def test_group_norm(offset, normal):
     x, weight, bias = normal(2, 30, 4, 6) * np.float32(0.5) + np.float32(offset), normal(6), normal(6)
-    y = layers.group_norm(rows(x), x.shape[:3], layer(weight, bias), 3, 1e-5).asnumpy().reshape(x.shape)
+    y = layers.group_norm(Tensor(x), layer(weight, bias), 3, 1e-5).asnumpy()
     groups = x.astype(np.float64).reshape(2, 120, 3, 2)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     expected = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * weight + bias
@@ -195,7 +200,7 @@ def test_group_norm(offset, normal):
 
 def test_group_norm_of_a_constant_is_its_bias(normal):
     x, weight, bias = np.full((1, 30, 4, 6), 3.3, np.float32), normal(6), normal(6)
-    y = layers.group_norm(rows(x), x.shape[:3], layer(weight, bias), 3, 1e-6).asnumpy()
+    y = layers.group_norm(Tensor(x), layer(weight, bias), 3, 1e-6).asnumpy()
     assert np.abs((y - bias) / weight).max() < 5e-3
 
 
@@ -224,22 +229,22 @@ def attend_by_scipy(q, k, v, bias, heads):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attend(masked, normal):
+def test_multi_head_attention(masked, normal):
     q, k, v = normal(2, 5, 6), normal(2, 5, 6), normal(2, 5, 6)
     bias = np.where(np.arange(5) < 3, 0, -65504).astype(np.float32)[None, None, None] if masked else None
-    y = layers.attend(rows(q), rows(k), rows(v), (2, 5), None if bias is None else Tensor(bias), 3).asnumpy()
-    assert relative_error(y, attend_by_scipy(q, k, v, bias, 3).reshape(y.shape)) < 2e-6
+    y = layers.multi_head_attention(Tensor(q), Tensor(k), Tensor(v), None if bias is None else Tensor(bias), 3)
+    assert relative_error(y.asnumpy(), attend_by_scipy(q, k, v, bias, 3)) < 2e-6
 
 
 @pytest.mark.parametrize("l, block", [(13, 78), (13, 400), (7, 100), (2, 12)])
-def test_attend_by_blocks(l, block, monkeypatch, normal):
-    sizes, attended = [], layers.attended
+def test_attention_by_blocks(l, block, monkeypatch, normal):
+    sizes, attend = [], layers.attend
     monkeypatch.setattr(layers, "BLOCK", block)
     q, k, v = normal(2, l, 6), normal(2, l, 6), normal(2, l, 6)
-    expected = attend_by_scipy(q, k, v, None, 3).reshape(-1, 6)
-    in_graph = mindspore.jit(layers.attend)(rows(q), rows(k), rows(v), (2, l), None, 3)
-    monkeypatch.setattr(layers, "attended", lambda q, *others: sizes.append(q.shape[2]) or attended(q, *others))
-    y = layers.attend(rows(q), rows(k), rows(v), (2, l), None, 3)
+    expected, given = attend_by_scipy(q, k, v, None, 3), (Tensor(q), Tensor(k), Tensor(v), None, 3)
+    in_graph = mindspore.jit(layers.multi_head_attention)(*given)
+    monkeypatch.setattr(layers, "attend", lambda q, *others: sizes.append(q.shape[2]) or attend(q, *others))
+    y = layers.multi_head_attention(*given)
     assert max(relative_error(x.asnumpy(), expected) for x in (y, in_graph)) < 2e-6
     assert max(sizes) <= -(-block // (6 * l)) and len(sizes) * max(sizes) >= l
 

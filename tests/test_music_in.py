@@ -52,7 +52,7 @@ def test_strength_1_is_generation_and_a_little_is_the_music_again(params):
     assert np.array_equal(musicldm.generate(cfg, "a", params, **short, init_audio=MUSIC, strength=1.0),
                           musicldm.generate(cfg, "a", params, **short))
     latents = musicldm.generate(cfg, "a", params, **options, strength=0.005)
-    assert relative_error(latents, musicldm.encode_latents(cfg, params, MUSIC)) < 0.2
+    assert relative_error(latents, musicldm.encode_latents(cfg, MUSIC, params)) < 0.2
 
 
 @pytest.mark.parametrize("scheduler", musicldm.SCHEDULERS)
@@ -114,9 +114,9 @@ def test_takes_are_ranked_as_they_are_heard(params):
     options = {**SHORT, "repaint": [[0.1, 0.2]], "negative_prompt": "low quality", "audio_prompt": MUSIC, "seed": 5}
     takes = musicldm.generate(cfg, "a", params, **options, num_waveforms_per_prompt=2)
     alone = [musicldm.generate(cfg, "a", params, **{**options, "seed": seed})[0] for seed in (5, 6)]
-    heard = musicldm.encode_audio(cfg, params, MUSIC)
-    vector = musicldm.prompt_vectors(cfg, params, "a", heard)
-    scores = musicldm.encode_audio(cfg, params, np.stack(alone)) @ vector[0]
+    heard = musicldm.encode_audio(cfg, MUSIC, params)
+    vector = musicldm.prompt_vectors(cfg, "a", params, heard)
+    scores = musicldm.encode_audio(cfg, np.stack(alone), params) @ vector[0]
     order = np.argsort(-scores)
     assert np.array_equal(takes, np.stack(alone)[order])
 

@@ -1,5 +1,6 @@
 """generate() against the reference pipeline's stored results, and what it promises its callers."""
 import copy
+import inspect
 import itertools
 import re
 
@@ -33,10 +34,10 @@ def test_equal_to_the_reference(name, params):
     cfg, expected, steps = case_config(name), reference(name), []
     audio = musicldm.generate(cfg, CASES[name]["prompt"], params, **case_options(name),
                               callback=lambda step, timestep, latents: steps.append(latents))
-    assert relative_error(musicldm.encode_prompt(cfg, params, CASES[name]["prompt"]), expected["prompt_embeds"]) < 1e-5
+    assert relative_error(musicldm.encode_prompt(cfg, CASES[name]["prompt"], params), expected["prompt_embeds"]) < 1e-5
     for step, (latents, wanted) in enumerate(zip(steps, expected["step_latents"], strict=True)):
         assert relative_error(latents, wanted) < 2e-5, f"step {step}"
-    assert relative_error(musicldm.decode_latents(cfg, params, steps[-1]), expected["mel"]) < 3e-5
+    assert relative_error(musicldm.decode_latents(cfg, steps[-1], params), expected["mel"]) < 3e-5
     assert audio.dtype == np.float32 and np.abs(audio).max() <= 1
     assert relative_error(audio, expected["audio"]) < 2e-4
 
@@ -52,9 +53,9 @@ def test_the_way_of_other_devices(dtype, latents_within, audio_within, ascend):
     latents = musicldm.generate(cfg, params=params, **run, output_type="latent")
     assert relative_error(latents, expected["step_latents"][-1]) < latents_within
     if audio_within:
-        mel = musicldm.decode_latents(cfg, params, latents)
+        mel = musicldm.decode_latents(cfg, latents, params)
         assert relative_error(mel, expected["mel"]) < 3e-5
-        audio = musicldm.vocode(cfg, params, mel)[:, :expected["audio"].shape[1]]
+        audio = musicldm.vocode(cfg, mel, params)[:, :expected["audio"].shape[1]]
         assert relative_error(audio, expected["audio"]) < audio_within
 
 
@@ -84,7 +85,7 @@ def test_takes_are_ranked_within_their_prompt(params, alone):
     ranked = musicldm.generate(cfg, TAKES, params, **SHORT, eta=1.0, seed=seeds, num_waveforms_per_prompt=2)
     wanted = []
     for prompt, own in zip(TAKES, (seeds[:2], seeds[2:])):
-        scores = musicldm.score(cfg, params, prompt, [alone[prompt, seed][1] for seed in own])[0]
+        scores = musicldm.score(cfg, prompt, [alone[prompt, seed][1] for seed in own], params)[0]
         assert abs(scores[0] - scores[1]) > 1e-3  # rounding cannot swap them
         wanted += [(prompt, own[i]) for i in np.argsort(-scores)]
     assert [seed for _, seed in wanted] == [0, 1, 2, 3]
@@ -96,7 +97,7 @@ def test_rank_compares_the_takes_of_one_prompt_alone(monkeypatch):
     angles = np.array([50, 10, 20, 5, 95, 40])  # the second prompt, at 90 degrees, is nearer to a take of the first
     heard = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1)
     monkeypatch.setattr(musicldm, "encode_audio", lambda cfg, params, audio, rate: heard)
-    order, scores = musicldm.rank(golden_config(), None, np.eye(2), np.zeros((6, 9)))
+    order, scores = musicldm.rank(golden_config(), np.eye(2), np.zeros((6, 9)), None)
     assert order.tolist() == [1, 2, 0, 4, 5, 3]
     assert np.allclose(scores, np.cos(np.radians([10, 20, 50, 5, 50, 85])))
 
@@ -132,14 +133,14 @@ def test_every_sample_asked_for_is_there(seconds, samples):
 @pytest.mark.filterwarnings("ignore:a prompt is longer")
 def test_what_stands_beside_a_text_does_not_change_its_vector(params):
     texts = ["a slow blues", "", "a", "drums " * 20]
-    together = musicldm.encode_prompt(golden_config(), params, [*texts, "a slow blues"])
-    wanted = np.concatenate([musicldm.encode_prompt(golden_config(), params, text) for text in [*texts, texts[0]]])
+    together = musicldm.encode_prompt(golden_config(), [*texts, "a slow blues"], params)
+    wanted = np.concatenate([musicldm.encode_prompt(golden_config(), text, params) for text in [*texts, texts[0]]])
     assert np.array_equal(together, wanted) and len(np.unique(together, axis=0)) == len(texts)
 
 
 def test_vectors_stand_for_the_texts_they_were_made_of(params):
     cfg, (prompt, negative), options = golden_config(), ("a slow blues", "drums"), {**SHORT, "output_type": "latent"}
-    vectors = musicldm.encode_prompt(cfg, params, [prompt, negative])
+    vectors = musicldm.encode_prompt(cfg, [prompt, negative], params)
     toward, away = {"prompt_embeds": vectors[:1]}, {"negative_prompt_embeds": vectors[1:].tolist()}
     wanted = musicldm.generate(cfg, prompt, params, negative_prompt=negative, **options)
     for text, others in ((prompt, away), (None, {**toward, "negative_prompt": negative}), (None, {**toward, **away})):
@@ -161,20 +162,21 @@ def sound(tmp_path):
 
 
 def test_audio_prompts(sound, params):
-    cfg, text = golden_config(), musicldm.encode_prompt(golden_config(), params, ["a", "drums"])
+    cfg, text = golden_config(), musicldm.encode_prompt(golden_config(), ["a", "drums"], params)
     for rate, mono in sound[0].items():
-        heard = musicldm.encode_audio(cfg, params, mono, rate)
+        heard = musicldm.encode_audio(cfg, mono, params, rate)
         for form in sound[1][rate]:
-            read = musicldm.encode_audio(cfg, params, *musicldm.read_audio(cfg, form))
-            assert np.array_equal(musicldm.prompt_vectors(cfg, params, None, read), heard)
+            audio, own_rate = musicldm.read_audio(cfg, form)
+            read = musicldm.encode_audio(cfg, audio, params, own_rate)
+            assert np.array_equal(musicldm.prompt_vectors(cfg, None, params, read), heard)
     assert np.abs(heard - text).max() > 0.1
     for weight, wanted in ((0, text), (1, heard), (0.5, text + heard), (0.2, 4 * text + heard)):
-        mixed = musicldm.prompt_vectors(cfg, params, ["a", "drums"], heard, weight)
+        mixed = musicldm.prompt_vectors(cfg, ["a", "drums"], params, heard, weight)
         wanted = np.broadcast_to(wanted / np.linalg.norm(wanted, axis=1, keepdims=True), mixed.shape)
         assert relative_error(mixed, wanted) < 1e-6
     options = {**SHORT, "output_type": "latent"}
     for prompt, weight in ((None, 0.5), ("a", 0.5), ("a", 0.2)):
-        vector = musicldm.prompt_vectors(cfg, params, prompt, heard, weight)
+        vector = musicldm.prompt_vectors(cfg, prompt, params, heard, weight)
         assert np.array_equal(
             musicldm.generate(cfg, prompt, params, audio_prompt=(mono, rate), audio_prompt_weight=weight, **options),
             musicldm.generate(cfg, None, params, prompt_embeds=vector, **options))
@@ -224,12 +226,12 @@ def test_a_loop_three_times_over_is_the_loop_of_three(params):
 
 def test_a_loop_of_one_moment_never_changes_not_even_where_it_joins(params):
     cfg, latents = golden_config(), np.random.default_rng(0).standard_normal((1, 8, 1, 4)).repeat(24, axis=2)
-    mel = musicldm.decode_latents(cfg, params, latents, loop=True)
+    mel = musicldm.decode_latents(cfg, latents, params, loop=True)
     assert relative_error(mel, np.tile(mel[:, 48:49], (96, 1))) < rounding("mel")
-    frames = musicldm.vocode(cfg, params, mel, loop=True).reshape(96, 160)
+    frames = musicldm.vocode(cfg, mel, params, loop=True).reshape(96, 160)
     assert relative_error(frames, np.tile(frames[48], (96, 1))) < rounding("audio")
     assert np.abs(np.diff(frames)).max() > 0.1
-    unlooped = musicldm.vocode(cfg, params, np.ones((1, 32, 16), np.float32))
+    unlooped = musicldm.vocode(cfg, np.ones((1, 32, 16), np.float32), params)
     frames = unlooped[0, :32 * 160].reshape(32, 160)
     assert np.abs(frames[0] - frames[16]).max() > 1e-2
 
@@ -247,21 +249,21 @@ def test_a_prepared_unet_gives_the_same_and_is_not_saved(params, tmp_path):
 
 def test_vocoding_by_windows_equals_the_whole(params, monkeypatch):
     cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((2, 32, 16)).astype(np.float32)
-    wholes = [musicldm.vocode(cfg, params, mel, loop) for loop in (False, True)]
+    wholes = [musicldm.vocode(cfg, mel, params, loop) for loop in (False, True)]
     assert [whole.shape for whole in wholes] == [(2, 32 * 160 + 32), (2, 32 * 160)]
-    shifted = musicldm.vocode(cfg, params, np.roll(mel, 7, 1), loop=True)
+    shifted = musicldm.vocode(cfg, np.roll(mel, 7, 1), params, loop=True)
     assert relative_error(np.roll(shifted, -7 * 160, 1), wholes[1]) < rounding("audio")
     for loop in (False, True):  # two windows, and six
-        assert relative_error(musicldm.vocode(cfg, params, mel, loop, window=31), wholes[loop]) < rounding("audio")
+        assert relative_error(musicldm.vocode(cfg, mel, params, loop, window=31), wholes[loop]) < rounding("audio")
     monkeypatch.setattr(musicldm, "hifigan_reach", lambda vocoder: 7)
-    assert relative_error(musicldm.vocode(cfg, params, mel, window=31), wholes[0]) > 1e-3
+    assert relative_error(musicldm.vocode(cfg, mel, params, window=31), wholes[0]) > 1e-3
 
 
 def test_no_sample_depends_on_frames_out_of_reach(params):
     cfg, mel = golden_config(), np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
     changed = mel.copy()
     changed[:, 16] += 500
-    change = np.abs(musicldm.vocode(cfg, params, changed)[0] - musicldm.vocode(cfg, params, mel)[0])
+    change = np.abs(musicldm.vocode(cfg, changed, params)[0] - musicldm.vocode(cfg, mel, params)[0])
     # what shares a tile with a changed frame may be rounded otherwise
     frames = np.flatnonzero(change > rounding("audio")) // 160
     assert 8 < max(16 - frames[0], frames[-1] - 16) <= musicldm.hifigan_reach(cfg["vocoder"]) <= 12
@@ -304,7 +306,7 @@ def test_a_result_that_is_not_finite_is_an_error(params):
     broken = {**params, "vocoder": {**params["vocoder"]}}
     bias = params["vocoder"]["conv_post"]["bias"]
     broken["vocoder"]["conv_post"] = {**params["vocoder"]["conv_post"], "bias": bias * float("nan")}
-    with pytest.raises(InputError, match="NaN or Inf in the audio"):
+    with pytest.raises(weights.NotFinite, match="NaN or Inf in the audio"):
         musicldm.generate(golden_config(), "a", broken, **SHORT)
 
 
@@ -318,7 +320,7 @@ def test_a_step_that_goes_wrong_is_named(device, broken, named, called, params, 
     monkeypatch.setattr(weights, "card", lambda cfg: None)
     monkeypatch.setattr(musicldm, "guided_noise", lambda *given: guided_noise(*given) * (
         float("nan") if next(calls) == broken else 1.0))
-    with pytest.raises(InputError, match=f"NaN or Inf in the latents after step {named} of 5"):
+    with pytest.raises(weights.NotFinite, match=f"NaN or Inf in the latents after step {named} of 5"):
         musicldm.generate(golden_config(), "a", params, num_inference_steps=5, audio_length_in_s=0.32,
                           callback=lambda step, timestep, latents: steps.append(step), callback_steps=3)
     assert steps == called
@@ -326,7 +328,7 @@ def test_a_step_that_goes_wrong_is_named(device, broken, named, called, params, 
 
 def test_a_clip_beyond_memory_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(weights, "load_params", None)
-    with pytest.raises(InputError, match="64 at once with latents of 15000 x 16 .*; valid: a shorter") as error:
+    with pytest.raises(weights.OutOfMemory, match="64 at once with latents of 15000 x 16 .*; valid: a shorter") as error:
         musicldm.generate(musicldm.load_config(weights="random"), ["a"] * 64, audio_length_in_s=600)
     estimate, free = map(float, re.findall(r"\d+\.\d", str(error.value)))
     assert estimate > max(free, 64 * 2 * 15000 * 16 * 128 * 4 / 1e9)  # one activation of the UNet's first level
@@ -340,6 +342,23 @@ def test_two_configurations_share_arrays(params):
                              for tree in (params, mixed, params))
     assert mixed["vae"] is params["vae"] and np.array_equal(first, again)
     assert not np.allclose(first, changed, atol=0.1)
+
+
+def test_the_signature_holds_the_configurations_options():
+    parameters = inspect.signature(musicldm.generate).parameters.values()
+    named = {parameter.name: parameter.default for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
+    assert set(golden_config()["sampling"]) < set(named) and set(named.values()) == {None}
+
+
+@pytest.mark.parametrize("name, places", [
+    ("generate", "prompt, params"), ("encode_prompt", "prompts, params"), ("encode_audio", "audio, params, sampling_rate"),
+    ("prompt_vectors", "prompts, params, heard, weight"), ("score", "prompts, audio, params, sampling_rate"),
+    ("encode_latents", "audio, params, sampling_rate"), ("decode_latents", "latents, params, loop"),
+    ("vocode", "mel, params, loop, window")])
+def test_parameters_in_the_second_place_are_refused(name, places, params):
+    with pytest.raises(InputError) as error:
+        getattr(musicldm, name)(golden_config(), params, "a")
+    assert str(error.value) == f"{name} got the parameters second; valid: {name}(cfg, {places})"
 
 
 def test_numbers_of_numpy_are_numbers(params):
@@ -357,13 +376,11 @@ ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "prompt is"), (3, {}, "prompt is"), (["a", None], {}, "prompt is"), (b"a", {}, "prompt is"),
     ("\ud800", {}, "surrogate"), ("caf\udcc3\udca9", {}, "not text in this locale, .*; valid: .*LC_ALL=C.UTF-8"),
-    ("a", {"step": 3}, "unknown option 'step': did you mean 'eta'|unknown option 'step'"),
-    ("a", {"guidence_scale": 3}, "did you mean 'guidance_scale'.*audio_length_in_s.*callback"),
     ("a", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; valid: an integer"),
     ("a", {"num_inference_steps": True}, "num_inference_steps is True; valid: an integer"),
     ("a", {"num_inference_steps": 0}, "valid: 1 to 999"), ("a", {"num_inference_steps": 1000}, "valid: 1 to 999"),
     ("a", {"guidance_scale": float("nan")}, "guidance_scale is nan; valid: a finite number"),
-    ("a", {"guidance_scale": -1}, "guidance_scale is -1"), ("a", {"guidance_scale": None}, "guidance_scale is None"),
+    ("a", {"guidance_scale": -1}, "guidance_scale is -1"),
     ("a", {"eta": 1.5}, "valid: 0 to 1"), ("a", {"seed": -1}, "seed is -1; valid: 0 or more"),
     ("a", {"audio_length_in_s": 0}, "valid: 0.04 to 600"), ("a", {"audio_length_in_s": -1}, "valid: 0.04 to 600"),
     ("a", {"audio_length_in_s": float("nan")}, "finite"), ("a", {"audio_length_in_s": 0.039}, "valid: 0.04 to 600"),

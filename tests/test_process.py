@@ -16,7 +16,7 @@ import weights
 SHORT = {"audio_length_in_s": 0.32, "num_inference_steps": 2}
 
 
-def in_a_process(script, home):
+def in_a_process(script, home=None):
     """What a fresh Python prints that runs a script, in which `params` are loaded."""
     begin = "import os, musicldm, weights\nfrom conftest import golden_config\ncfg = golden_config()\n"
     paths = os.pathsep.join(str(pathlib.Path(module.__file__).parent) for module in (musicldm, sys.modules[__name__]))
@@ -29,9 +29,9 @@ def test_threads_get_the_same_bytes_as_one_after_the_other(params):
     cfg, half = golden_config(), golden_config("dtype=float16")
     mel = np.random.default_rng(0).standard_normal((1, 32, 16)).astype(np.float32)
     calls = [lambda: musicldm.generate(cfg, "a", params, **SHORT), lambda: musicldm.generate(cfg, "b", params, **SHORT),
-             lambda: musicldm.encode_prompt(cfg, params, ["slow blues", "many words " * 5]),
-             lambda: musicldm.encode_audio(cfg, params, mel[0, 0]), lambda: musicldm.vocode(cfg, params, mel),
-             lambda: musicldm.decode_latents(cfg, params, mel.reshape(1, 8, 16, 4)),
+             lambda: musicldm.encode_prompt(cfg, ["slow blues", "many words " * 5], params),
+             lambda: musicldm.encode_audio(cfg, mel[0, 0], params), lambda: musicldm.vocode(cfg, mel, params),
+             lambda: musicldm.decode_latents(cfg, mel.reshape(1, 8, 16, 4), params),
              lambda: weights.load_params(half)["vocoder"]["conv_post"]["weight"].asnumpy()]
     wanted = [call() for call in calls]
     with ThreadPoolExecutor(4) as pool:
@@ -44,31 +44,29 @@ import numpy
 latents, options = numpy.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(numpy.float32), %r
 musicldm.SIZES, inside = 1, []  # so that the callback forgets the graph that runs
 result = musicldm.generate(cfg, "a", params, **options, output_type="latent", callback=lambda *_: inside.append(
-    musicldm.decode_latents(cfg, params, latents)))
+    musicldm.decode_latents(cfg, latents, params)))
 print(result.tobytes().hex(), *(mel.tobytes().hex() for mel in inside))
 """ % SHORT
-call_back = functools.partial(in_a_process, CALLING_BACK)
 
 
-@pytest.mark.beside([call_back])
-def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params, beside):
+def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params):
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     wanted = musicldm.generate(golden_config(), "a", params, **SHORT, output_type="latent").tobytes().hex()
-    mel = musicldm.decode_latents(golden_config(), params, latents).tobytes().hex()
-    assert beside(call_back)[0].split() == [wanted, mel, mel]
+    mel = musicldm.decode_latents(golden_config(), latents, params).tobytes().hex()
+    assert in_a_process(CALLING_BACK)[0].split() == [wanted, mel, mel]
 
 
 FORKED = """
 def child():
     if os.fork() == 0:
         try:
-            print(musicldm.encode_prompt(cfg, params, "a").tobytes().hex(), flush=True)
+            print(musicldm.encode_prompt(cfg, "a", params).tobytes().hex(), flush=True)
         except weights.InputError as error:
             print(error, flush=True)
         os._exit(0)
     os.wait()
 child()
-print(musicldm.encode_prompt(cfg, params, "a").tobytes().hex(), flush=True)
+print(musicldm.encode_prompt(cfg, "a", params).tobytes().hex(), flush=True)
 child()
 """
 
@@ -79,7 +77,7 @@ fork = functools.partial(in_a_process, FORKED)
 @pytest.mark.beside([fork])
 def test_a_fork_computes_if_its_parent_has_not_and_is_refused_otherwise(params, beside):
     before, parent, after = beside(fork)
-    assert before == parent == musicldm.encode_prompt(golden_config(), params, "a").tobytes().hex()
+    assert before == parent == musicldm.encode_prompt(golden_config(), "a", params).tobytes().hex()
     assert after.startswith("this process was forked from one that had computed with MindSpore; valid: to fork before")
 
 
@@ -87,7 +85,7 @@ MANY_SIZES = """
 import numpy, re
 musicldm.SIZES, peaks = 2, []
 for size in (8, 9, 10, 11, 12, 13, 14, 8):
-    mel = musicldm.decode_latents(cfg, params, numpy.ones((1, 8, size, 4), numpy.float32))
+    mel = musicldm.decode_latents(cfg, numpy.ones((1, 8, size, 4), numpy.float32), params)
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000)
     if size == 8:
         print(mel.tobytes().hex())
@@ -95,11 +93,7 @@ print(peaks[-1] - peaks[1])
 """
 
 
-take_many_sizes = functools.partial(in_a_process, MANY_SIZES)
-
-
-@pytest.mark.beside([take_many_sizes])
-def test_memory_does_not_grow_with_the_number_of_lengths(beside):
+def test_memory_does_not_grow_with_the_number_of_lengths():
     """A size of this VAE takes 27 MB of graphs, of which some are oneDNN's to keep, up to a number."""
-    first, again, megabytes = beside(take_many_sizes)
+    first, again, megabytes = in_a_process(MANY_SIZES)
     assert first == again and float(megabytes) < 6 * 27 / 2

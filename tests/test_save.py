@@ -65,7 +65,7 @@ def test_round_trip(tmp_path, source, sample_size):
     again = musicldm.load_config(weights=tmp_path / "saved")
     assert json.loads((tmp_path / "saved/unet/config.json").read_text())["sample_size"] == sample_size
     assert {**again, "sampling": cfg["sampling"], "weights": cfg["weights"]} == cfg
-    assert musicldm.load_vocabulary(again) == musicldm.load_vocabulary(cfg)
+    assert weights.load_vocabulary(again) == weights.load_vocabulary(cfg)
     before, after = weights.flatten(params), weights.flatten(weights.load_params(again))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name].asnumpy(), after[name].asnumpy()) for name in before)

@@ -130,8 +130,8 @@ def test_settings_that_would_give_other_ids_are_refused(with_tokenizer, name, fi
 def test_byte_vocabulary_of_random_weights():
     cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, "random")
     ids, _ = musicldm.tokenize(cfg, "é <mask>")
-    first = 5 + musicldm.byte_characters().index("Ã")
-    assert ids.tolist() == [[0, first, 5 + musicldm.byte_characters().index("©"), 4, 2]]
+    first = 5 + weights.byte_characters().index("Ã")
+    assert ids.tolist() == [[0, first, 5 + weights.byte_characters().index("©"), 4, 2]]
 
 
 def test_prompts_that_are_not_text():

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 import musicldm
-from weights import SPECIAL_TOKENS, InputError, byte_characters, one_line
+from weights import SPECIAL_TOKENS, InputError, byte_characters, fits, one_line
 
 SILENCE = 1e-4  # a file whose largest sample is below this is silent: -80 dB
 TEMPO = (20, 400)  # BPM
@@ -29,9 +29,9 @@ def problem_with(folder, record):
     captions, tempo, downbeats = record.get("captions", []), record.get("tempo"), record.get("downbeats", [])
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         return f"captions is {captions!r:.80}; valid: a list of texts"
-    if tempo is not None and not (musicldm.fits(tempo, 1.0) and TEMPO[0] <= tempo <= TEMPO[1]):
+    if tempo is not None and not (fits(tempo, 1.0) and TEMPO[0] <= tempo <= TEMPO[1]):
         return f"tempo is {tempo!r:.80}; valid: {TEMPO[0]} to {TEMPO[1]} BPM"
-    if not isinstance(downbeats, list) or not all(musicldm.fits(beat, 1.0) for beat in downbeats):
+    if not isinstance(downbeats, list) or not all(fits(beat, 1.0) for beat in downbeats):
         return f"downbeats is {downbeats!r:.80}; valid: a list of seconds"
     try:
         info = soundfile.info(str(folder / record["audio"]))

@@ -172,12 +172,12 @@ def make_row(row, cfg, params, validation, prompts, seeds, say=print):
     if row == "ceiling":
         found = []
         for track in validation:
-            mel = musicldm.decode_latents(cfg, params, musicldm.encode_latents(cfg, params, sound(track), RATE))
-            found.append((track, musicldm.vocode(cfg, params, mel)[0, :round(SECONDS * RATE)]))
+            mel = musicldm.decode_latents(cfg, musicldm.encode_latents(cfg, sound(track), params, RATE), params)
+            found.append((track, musicldm.vocode(cfg, mel, params)[0, :round(SECONDS * RATE)]))
         return found
     if row == "led":
         leaders = of_each_style(validation, len(prompts) // len({prompt["style"] for prompt in prompts}))
-        vectors = np.concatenate([musicldm.encode_audio(cfg, params, sound(track), RATE) for track in leaders])
+        vectors = np.concatenate([musicldm.encode_audio(cfg, sound(track), params, RATE) for track in leaders])
         return takes(cfg, params, leaders, seeds, vectors, say)
     if row == "random":
         params = {**checkpoints.random_params(cfg, 0), "text_encoder": params["text_encoder"]}
@@ -223,7 +223,7 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, say=print):
                          "valid: a corpus of training/corpus.py")
 
     def heard(waveforms):
-        return np.concatenate([musicldm.encode_audio(cfg, params, audio, RATE) for audio in waveforms])
+        return np.concatenate([musicldm.encode_audio(cfg, audio, params, RATE) for audio in waveforms])
 
     known, shapes, training_vectors = {}, {}, []
     for track in training:
@@ -240,7 +240,7 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, say=print):
     for row in rows:
         made = make_row(row, cfg, params, validation, prompts, seeds, say)
         texts = [request.get("prompt") for request, _ in made]
-        read = musicldm.encode_prompt(cfg, params, texts) if all(texts) else None
+        read = musicldm.encode_prompt(cfg, texts, params) if all(texts) else None
         result[row] = judge(made, shapes, known, {**vectors, "own": heard([audio for _, audio in made])}, read)
         say(f"{row}: {json.dumps(result[row])}")
     return result

@@ -94,17 +94,15 @@ def discriminator_shapes(channels):
 
 @constexpr
 def strided_geometry(shape, kernel, stride):
-    n, h, w = shape
+    n, h, w, _ = shape
     return n, (h, w), ((h - 1) // stride + 1, w), (kernel, 1), (stride, 1), (1, 1), (kernel // 2, 0), 1, False
 
 
-def discriminate(x, shape, p, stack):
-    """One discriminator's score (P, 1) of rows x (P, 1), and the features of all layers before, a tuple of (P, C)."""
+def discriminate(x, p, stack):
+    """One discriminator's score (N, H, W, 1) of x (N, L, W, 1), and the features of all layers before, a tuple."""
     features = ()
     for i in range(len(stack)):
-        geometry, conv = strided_geometry(shape, stack[i][2], stack[i][3]), p[layers.nth("convs", i)]
-        x = ops.BiasAdd()(layers.convolution(x, conv["weight"], geometry), conv["bias"])
-        shape = (shape[0], *geometry[2])
+        x = layers.convolution(x, p[layers.nth("convs", i)], strided_geometry(x.shape, stack[i][2], stack[i][3]))
         if i < len(stack) - 1:
             x = ops.leaky_relu(x, 0.1)
             features = features + (x,)
@@ -112,7 +110,7 @@ def discriminate(x, shape, p, stack):
 
 
 def discriminators(x, p, channels):
-    """The scores (P, 1) of waveforms x (N, samples) by every discriminator, and all their features, as two tuples.
+    """The scores (N, H, W, 1) of waveforms x (N, samples) by every discriminator, and all their features, as two tuples.
 
     Trailing samples that a discriminator cannot lay out are left out.
     """
@@ -121,13 +119,13 @@ def discriminators(x, p, channels):
     scores, features = (), ()
     for length in PERIODS:
         rows = samples // length
-        part = x[:, :rows * length].reshape(-1, 1)
-        score, seen = discriminate(part, (n, rows, length), p[layers.nth("period", length)], period)
+        part = x[:, :rows * length].reshape(n, rows, length, 1)
+        score, seen = discriminate(part, p[layers.nth("period", length)], period)
         scores, features = scores + (score,), features + seen
     for level in range(SCALES):
         count = samples // 2 ** level
-        part = x[:, :count * 2 ** level].reshape(n * count, 2 ** level).mean(-1, keep_dims=True)
-        score, seen = discriminate(part, (n, count, 1), p[layers.nth("scale", level)], scale)
+        part = x[:, :count * 2 ** level].reshape(n, count, 1, 2 ** level).mean(-1, keep_dims=True)
+        score, seen = discriminate(part, p[layers.nth("scale", level)], scale)
         scores, features = scores + (score,), features + seen
     return scores, features
 

@@ -57,7 +57,7 @@ STATE = ("weights", "first", "second", "average")  # AdamW's weights and moments
 
 def stage_settings(stage, overrides=()):
     """The section of config.yaml for a stage with "key=value" overrides, checked; else an InputError."""
-    base = musicldm.read_yaml(DEFAULTS)[stage]
+    base = checkpoints.read_yaml(DEFAULTS)[stage]
     settings = base
     for text in overrides:
         settings = checkpoints.merged(settings, checkpoints.parse_override(text))
@@ -188,7 +188,7 @@ def clap_inputs(cfg, waveforms):
 
 
 def text_inputs(cfg, texts, length):
-    """What clap_text takes of texts, cut and padded to `length` tokens: ids, positions (n, length), bias."""
+    """What clap_text takes of texts, cut and padded to `length` tokens: ids, positions (n, length), mask."""
     pad = cfg["text_encoder"]["text_config"]["pad_token_id"]
     ids, mask = musicldm.tokenize(cfg, texts)
     ids, mask = (np.pad(x, ((0, 0), (0, max(0, length - x.shape[1]))))[:, :length] for x in (ids, mask))
@@ -206,15 +206,15 @@ def whole_batch(x, processes, rank):
 
 
 def clap_loss(tree, cfg, processes=1, rank=0):
-    """loss(features, ids, positions, bias), `losses.contrastive` of both towers over the batch of all processes."""
+    """loss(features, ids, positions, mask), `losses.contrastive` of both towers over the batch of all processes."""
     audio_encoder, audio_projection = tree["audio_model"]["audio_encoder"], tree["audio_projection"]
     text_model, text_projection = tree["text_model"], tree["text_projection"]  # the whole tree is too deep for a graph
     scale_text, scale_audio = tree["logit_scale_t"], tree["logit_scale_a"]
     tower, text_cfg = (musicldm.frozen(cfg[name]) for name in ("audio_config", "text_config"))
 
-    def loss(features, ids, positions, bias):
+    def loss(features, ids, positions, mask):
         heard = losses.unit(musicldm.clap_audio(features, audio_encoder, audio_projection, tower))
-        read = losses.unit(musicldm.clap_text(ids, positions, bias, text_model, text_projection, text_cfg))
+        read = losses.unit(musicldm.clap_text(ids, positions, mask, text_model, text_projection, text_cfg))
         return losses.contrastive(whole_batch(read, processes, rank), whole_batch(heard, processes, rank), scale_text,
                                   scale_audio)
 
@@ -280,7 +280,7 @@ def vae_stage(cfg, params, settings, tracks, seed, processes, rank):
     def finish(cfg, params):
         unscaled = {**cfg, "vae": {**cfg["vae"], "scaling_factor": 1.0}}
         waveforms = random_waveforms(cfg, tracks, min(64, 4 * len(tracks)), frames, draws(seed, 2 ** 32))
-        latents = musicldm.encode_latents(unscaled, params, waveforms, cfg["vocoder"]["sampling_rate"])
+        latents = musicldm.encode_latents(unscaled, waveforms, params, cfg["vocoder"]["sampling_rate"])
         return {**cfg, "vae": {**cfg["vae"], "scaling_factor": 1 / float(latents.std())}}, params
 
     return types.SimpleNamespace(networks={"vae": network}, rates={"vae": settings["learning_rate"]}, batch=batch,
@@ -362,8 +362,8 @@ def make_examples(cfg, params, settings, tracks, seed, say):
     facts = [as_part(track, start, min(seconds, track["samples"] / track["rate"] - start)) for track, start in parts]
 
     def encoded(waveform):
-        latents = musicldm.encode_latents(cfg, params, waveform, rate)[0].transpose(1, 2, 0)
-        return latents, musicldm.encode_audio(cfg, params, waveform, rate)[0]
+        latents = musicldm.encode_latents(cfg, waveform, params, rate)[0].transpose(1, 2, 0)
+        return latents, musicldm.encode_audio(cfg, waveform, params, rate)[0]
 
     def sound(i):
         track, start = parts[i]
@@ -375,7 +375,7 @@ def make_examples(cfg, params, settings, tracks, seed, say):
         x, vector = encoded(sound(i))
         for text in track.get("captions", []):
             if text not in texts:
-                texts[text] = musicldm.encode_prompt(cfg, params, text)[0]
+                texts[text] = musicldm.encode_prompt(cfg, text, params)[0]
         latents.append(x)
         heard.append(vector)
         read.append(np.array([texts[text] for text in track.get("captions", [])], np.float32).reshape(-1, len(vector)))
@@ -401,15 +401,15 @@ def make_examples(cfg, params, settings, tracks, seed, say):
         else:
             a, b = (round(beat / row) for beat in beats)
             mixed = mixup.mix(latents[i], latents[j], a, b, np.float32(mixup.draw_lambda(rng)))
-            mel = musicldm.decode_latents(cfg, params, mixed.transpose(2, 0, 1)[None])
-            vector = musicldm.encode_audio(cfg, params, musicldm.vocode(cfg, params, mel), rate)[0]
+            mel = musicldm.decode_latents(cfg, mixed.transpose(2, 0, 1)[None], params)
+            vector = musicldm.encode_audio(cfg, musicldm.vocode(cfg, mel, params), params, rate)[0]
         latents.append(mixed)
         heard.append(vector)
         read.append(np.zeros((0, len(vector)), np.float32))
         if count % 200 == 199:
             say(f"{count + 1} mixes tried, {time.perf_counter() - began:.0f} s")
     return {"latents": latents, "vectors": np.stack(heard), "captions": read,
-            "empty": musicldm.encode_prompt(cfg, params, "")[0]}
+            "empty": musicldm.encode_prompt(cfg, "", params)[0]}
 
 
 def kept_examples(path, make):
