@@ -2,8 +2,8 @@
 
 Axis letters: N batch, H time and W frequency of an image (a latent or a log-mel spectrogram), L positions of a
 sequence, C channels, which come last: images are (N, H, W, C), sequences (N, L, C). I and O are channels into and out
-of a layer, K taps of a convolution, KH and KW its kernel's height and width, D channels of an attention head, E
-channels of the embedding of time and class, P positions of all N (N * H * W or N * L).
+of a layer, K taps of a convolution, KH and KW its kernel's height and width, D channels of an attention head, M
+queries, E channels of the embedding of time and class, P positions of all N (N * H * W or N * L).
 A layer returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds it. Layers take their
 arguments in one order: data, conditioning, parameters, numbers.
 
