@@ -233,11 +233,28 @@ def polyphase_weight(weight, kernel, stride):
 
 # ----------------------------------------------------------------------------------------- products, norms, activations
 
+@constexpr
+def row_shape(shape):
+    """The shape (P, C) of (..., C)."""
+    return -1, shape[-1]
+
+
+@constexpr
+def positions(shape):
+    """The shape (..., any C) of what is at the positions of (..., C)."""
+    return *shape[:-1], -1
+
+
+def in_rows(x):
+    """x (..., C) -> (P, C). What is called often takes its shapes from constexpr: they compile faster."""
+    return ops.Reshape()(x, row_shape(x.shape))
+
+
 def linear(x, p):
     """x (..., I), weight (O, I), bias (O,) if there is one -> (..., O)."""
-    y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), p["weight"])
+    y = ops.MatMul(transpose_b=True)(in_rows(x), p["weight"])
     y = ops.BiasAdd()(y, p["bias"]) if "bias" in p else y
-    return y.reshape(*x.shape[:-1], -1)
+    return ops.Reshape()(y, positions(x.shape))
 
 
 def conv1x1(x, p):
@@ -255,8 +272,8 @@ def bert_linear(x, p):
     """`linear`, for few rows as (W x^T)^T: on a CPU oneDNN packs a product's second matrix anew each time."""
     if not few_rows(x.shape):
         return linear(x, p)
-    y = ops.MatMul(transpose_b=True)(p["weight"], x.reshape(-1, x.shape[-1]))
-    return ops.BiasAdd()(ops.Transpose()(y, (1, 0)), p["bias"]).reshape(*x.shape[:-1], -1)
+    y = ops.MatMul(transpose_b=True)(p["weight"], in_rows(x))
+    return ops.Reshape()(ops.BiasAdd()(ops.Transpose()(y, (1, 0)), p["bias"]), positions(x.shape))
 
 
 def layer_norm(x, p, eps):
@@ -294,10 +311,10 @@ def group_norm(x, p, groups, eps):
 
     In rows, as MindSpore gives back the memory of what is reshaped too late: a VAE would take twice as much.
     """
-    shape, y = x.shape, ops.Cast()(x, float32).reshape(-1, x.shape[3])
+    shape, y = x.shape, in_rows(ops.Cast()(x, float32))
     y = y - at_positions(group_means(y, shape, groups), shape)
     y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
-    return ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"]).reshape(shape)
+    return ops.Reshape()(ops.BiasAdd()(ops.Cast()(y, x.dtype), p["bias"]), shape)
 
 
 # Matrix products average and repeat fast on a CPU with channels last. Elsewhere products are kept for what is one:
@@ -343,10 +360,10 @@ def multi_head_attention(q, k, v, bias, heads):
     q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
     """
     split, apart, together, scale, count = head_order(q.shape, heads)
-    shape, q = q.shape, ops.Gather()((q * scale).reshape(split), apart, 0)
-    k, v = ops.Gather()(k.reshape(split), apart, 0), ops.Gather()(v.reshape(split), apart, 0)
+    shape, q = q.shape, ops.Gather()(ops.Reshape()(q * scale, split), apart, 0)
+    k, v = ops.Gather()(ops.Reshape()(k, split), apart, 0), ops.Gather()(ops.Reshape()(v, split), apart, 0)
     y = attend(q, k, v, bias) if count == 1 or bias is not None else attend_by_blocks(q, k, v, count)
-    return ops.Gather()(y.reshape(split), together, 0).reshape(shape)
+    return ops.Reshape()(ops.Gather()(ops.Reshape()(y, split), together, 0), shape)
 
 
 def attend(q, k, v, bias):
@@ -424,8 +441,14 @@ def convolution(x, p, geometry):
         many calls
     """
     compute = way_to_convolve(p["weight"].shape, p["weight"].dtype, geometry)
-    y = ops.BiasAdd()(compute(x.reshape(-1, x.shape[-1]), p["weight"], geometry), p["bias"])
-    return y.reshape(geometry[0], *geometry[2], -1)
+    y = ops.BiasAdd()(compute(in_rows(x), p["weight"], geometry), p["bias"])
+    return ops.Reshape()(y, output_shape(geometry))
+
+
+@constexpr
+def output_shape(geometry):
+    """(N, H_out, W_out, any O)."""
+    return geometry[0], *geometry[2], -1
 
 
 @constexpr

@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -60,6 +61,10 @@ def relative_error(result, expected):
 @pytest.fixture(scope="session")
 def params():
     return weights.load_params(golden_config())
+
+
+def pytest_collection_finish():
+    gc.freeze()  # compiling a graph collects often: what is loaded by now need not be looked at each time
 
 
 def pytest_configure(config):

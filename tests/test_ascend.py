@@ -134,6 +134,9 @@ class Recorder:
     def ExpandDims(self):
         return lambda x, axis: x.reshape(*x.shape, 1) if axis == -1 else x.expand_dims(axis)
 
+    def Reshape(self):
+        return lambda x, shape: x.reshape(shape)
+
     def Flatten(self):
         return lambda x: x.reshape(x.shape[0], -1)
 

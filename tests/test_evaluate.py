@@ -121,10 +121,10 @@ def test_a_whole_evaluation(tracks, params, monkeypatch):
 
 
 def test_music_in(tracks, params, monkeypatch):
-    monkeypatch.setattr(evaluate, "SECONDS", 0.64)
+    monkeypatch.setattr(evaluate, "SECONDS", 0.32)
     prompts = [{"prompt": style, "style": style} for style in ("drums alone", "string ensemble")]
     given = [{**track, "key": "C", "tempo": 100} for track in tracks]
-    cfg = golden_config("sampling.num_inference_steps=5", "unet.sample_size=16")
+    cfg = golden_config("sampling.num_inference_steps=5", "unet.sample_size=8")
     found = evaluate.music_in(cfg, params, given, prompts, say=lambda text: None)
     assert [*found] == ["strength 0.2", "strength 0.5", "strength 0.8", "repainted", "extended"]
     distances = [found[row]["distance to the clip"] for row in found]

@@ -84,7 +84,7 @@ def test_a_fork_computes_if_its_parent_has_not_and_is_refused_otherwise(params, 
 MANY_SIZES = """
 import numpy, re
 musicldm.SIZES, peaks = 2, []
-for size in (8, 9, 10, 11, 12, 13, 14, 8):
+for size in (8, 9, 10, 11, 12, 8):
     mel = musicldm.decode_latents(cfg, numpy.ones((1, 8, size, 4), numpy.float32), params)
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000)
     if size == 8:
@@ -96,4 +96,4 @@ print(peaks[-1] - peaks[1])
 def test_memory_does_not_grow_with_the_number_of_lengths():
     """A size of this VAE takes 27 MB of graphs, of which some are oneDNN's to keep, up to a number."""
     first, again, megabytes = in_a_process(MANY_SIZES)
-    assert first == again and float(megabytes) < 6 * 27 / 2
+    assert first == again and float(megabytes) < 4 * 27 / 2

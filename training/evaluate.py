@@ -85,7 +85,7 @@ def flatness(audio):
 def key(audio):
     """(0 to 11 from C upwards, mode) of the key whose profile is most like how loud each note is, and that correlation.
     """
-    s = spectrogram(audio, 4096, 1024).sum(0)
+    s = spectrogram(np.pad(audio, (0, max(0, 4096 - len(audio)))), 4096, 1024).sum(0)
     frequencies = np.fft.rfftfreq(4096, 1 / RATE)
     heard = (frequencies > 60) & (frequencies < 2000)
     notes = np.round(12 * np.log2(frequencies[heard] / 440) + 9).astype(int) % 12
