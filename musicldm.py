@@ -642,7 +642,7 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
         for i in range(cfg["depths"][stage]):
             shift = window // 2 if i % 2 == 1 and x.shape[1] > window else 0
             x = layers.swin_block(x, p[layers.nth("blocks", i)], window, shift, cfg["num_attention_heads"][stage],
-                           cfg["layer_norm_eps"])
+                                  cfg["layer_norm_eps"])
         if "downsample" in p:
             x = layers.patch_merging(x, p["downsample"])
     x = layers.layer_norm(x, audio_encoder["norm"], 1e-5).reshape(n, -1, x.shape[3]).mean(1)
