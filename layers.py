@@ -19,7 +19,7 @@ import pathlib
 
 import mindspore
 import numpy as np
-from mindspore import Tensor, bfloat16, float32, int32, ops
+from mindspore import Tensor, bfloat16, float32, int32, nn, ops
 from mindspore.ops import constexpr
 
 BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or taps than this are computed by blocks
@@ -174,8 +174,8 @@ def patch_merging(x, p):
 def hifigan_block(x, p, kernel, dilations, slope):
     """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
     for i in range(len(dilations)):
-        y = conv1d(ops.leaky_relu(x, slope), p[nth("convs1", i)], kernel, dilations[i])
-        x = x + conv1d(ops.leaky_relu(y, slope), p[nth("convs2", i)], kernel, 1)
+        y = conv1d(leaky_relu(x, slope), p[nth("convs1", i)], kernel, dilations[i])
+        x = x + conv1d(leaky_relu(y, slope), p[nth("convs2", i)], kernel, 1)
     return x
 
 
@@ -194,8 +194,9 @@ def conv_transpose1d(x, p, kernel, stride):
     geometry, channels = geometry_transposed1d(x.shape, kernel, stride), p["bias"].shape[0]
     bias = ops.broadcast_to(p["bias"].reshape(1, -1), (stride, channels)).reshape(-1)
     phases = {"weight": polyphase_weight(p["weight"], kernel, stride), "bias": bias}
-    y = convolution(x, phases, geometry).reshape(x.shape[0], -1, channels)  # its last period is whole
-    return y[:, :transposed_length(x.shape[1], kernel, stride)]
+    y = convolution(x, phases, geometry).reshape(x.shape[0], -1, channels)
+    length = transposed_length(x.shape[1], kernel, stride)
+    return y if y.shape[1] == length else y[:, :length]  # a slice that is all of it takes MindSpore long
 
 
 def transposed_length(length, kernel, stride):
@@ -290,6 +291,11 @@ def gelu(x):
     """
     y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
     return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
+
+
+def leaky_relu(x, slope):
+    """x where it is positive, else slope * x. The gradient of MindSpore's own, a maximum, takes 8 times as long."""
+    return x * slope + ops.relu(x) * (1 - slope)
 
 
 def tanh(x):
@@ -541,10 +547,9 @@ def gathered_convolution(x, weight, geometry):
     x (N * H * W, I), weight (O, K * I) -> (N * H_out * W_out, O)
     """
     def block(x, rows):
-        return ops.MatMul(transpose_b=True)(ops.Flatten()(ops.Gather()(x, rows, 0)), weight)
+        return ops.MatMul(transpose_b=True)(ops.Flatten()(read_rows(x, rows)), weight)
 
-    zeros, rows = gathered_constants(geometry, x.shape[1], x.dtype)
-    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
+    return in_blocks(block, x, tap_rows(geometry, x.shape[1]))
 
 
 def gathered_from_checkpoint(x, weight, geometry):
@@ -552,14 +557,10 @@ def gathered_from_checkpoint(x, weight, geometry):
 
 
 @constexpr
-def gathered_constants(geometry, channels, dtype):
-    return zero_row(channels, dtype), tap_rows(geometry, channels)
-
-
 def tap_rows(geometry, channels):
     """For each block of output positions, int32 (positions, K): the row of the flattened input under each tap.
 
-    Row N * H * W stands for the zeros outside the image.
+    Row -1 stands for the zeros outside the image.
     """
     n, size, out_size, kernel, stride, dilation, padding, *_ = geometry
     positions = n * math.prod(out_size)
@@ -570,7 +571,7 @@ def tap_rows(geometry, channels):
             read_along(axis, place[axis][:, None] * stride[axis] - padding[axis]
                        + np.arange(kernel[axis]) * dilation[axis], geometry) for axis in (0, 1))
         rows = (image[:, None, None] * size[0] + y[:, :, None]) * size[1] + x[:, None]
-        rows = np.where(y_inside[:, :, None] & x_inside[:, None], rows, n * math.prod(size))
+        rows = np.where(y_inside[:, :, None] & x_inside[:, None], rows, -1)
         result += int_tensor(rows.reshape(len(rows), -1)),
     return result
 
@@ -584,8 +585,21 @@ def read_along(axis, place, geometry):
     return place // scale, (place >= 0) & (place < limit)
 
 
-def zero_row(channels, dtype):
-    return Tensor(np.zeros((1, channels)), dtype)
+class RowReader(nn.Cell):
+    """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
+
+    Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. It is a class, the only one here,
+    to have another gradient than EmbeddingLookup's own, a sparse tensor.
+    """
+
+    def construct(self, x, rows):
+        return ops.EmbeddingLookup()(x, rows, 0)
+
+    def bprop(self, x, rows, _, gradient):
+        return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
+
+
+read_rows = RowReader()
 
 
 def in_blocks(function, x, rows):
@@ -605,14 +619,14 @@ def fast_convolution(x, weight, geometry):
     The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
     is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    to_products, to_outputs, products, outputs, zeros, rows = fast_constants(geometry, weight.shape, x.dtype)
+    to_products, to_outputs, products, outputs, rows = fast_constants(geometry, weight.shape)
 
     def block(x, rows):
-        tiles = ops.MatMul()(to_products, ops.Flatten()(ops.Gather()(x, rows[0], 0))).reshape(products)
+        tiles = ops.MatMul()(to_products, ops.Flatten()(read_rows(x, rows[0]))).reshape(products)
         tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
-        return ops.Gather()(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1], 0)
+        return read_rows(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1])
 
-    return in_blocks(block, ops.Concat(0)((x, zeros)), rows)
+    return in_blocks(block, x, rows)
 
 
 def fast_weight(weight, outputs):
@@ -634,16 +648,16 @@ def fast_weight_transform(shape, outputs):
 
 
 @constexpr
-def fast_constants(geometry, weight_shape, dtype):
-    """(B, A, products, outputs, zeros, rows) of `fast_convolution`.
+def fast_constants(geometry, weight_shape):
+    """(B, A, products, outputs, rows) of `fast_convolution`.
 
-    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; what
-    stands for pixels outside the image; and `tile_rows`.
+    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; and
+    `tile_rows`.
     """
     (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
     a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
     return (Tensor(b.astype(np.float32)), Tensor(a.astype(np.float32)), (products, -1, i), (-1, o),
-            zero_row(i, dtype), tile_rows(geometry, weight_shape))
+            tile_rows(geometry, weight_shape))
 
 
 def tile_rows(geometry, weight_shape):
@@ -673,7 +687,7 @@ def tile_rows(geometry, weight_shape):
         image, tile = np.divmod(np.arange(begin * dilation[0], min(begin + step, groups) * dilation[0]), rows)
         y, y_inside, y_out = along(0, tile)
         read = np.where(y_inside[:, None, :, None] & x_inside[:, None],
-                        ((image * size[0] + y) * size[1])[:, None, :, None] + x[:, None], n * math.prod(size))
+                        ((image * size[0] + y) * size[1])[:, None, :, None] + x[:, None], -1)
         written = ((image * out_size[0] + y_out) * out_size[1])[:, None, :, None] + x_out[:, None]
         inside = np.flatnonzero((y_out < out_size[0])[:, None, :, None] & (x_out < out_size[1])[:, None])
         order = np.empty_like(inside)

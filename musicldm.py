@@ -162,7 +162,7 @@ def hifigan(mel, p, cfg):
         mel = (mel - p["mean"]) / p["scale"]
     x = layers.conv1d(mel, p["conv_pre"], kernel=7, dilation=1)
     for i in range(len(cfg["upsample_rates"])):
-        x = layers.conv_transpose1d(ops.leaky_relu(x, slope), p[layers.nth("upsampler", i)],
+        x = layers.conv_transpose1d(layers.leaky_relu(x, slope), p[layers.nth("upsampler", i)],
                                     cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i])
         total = 0.0
         for j in range(len(kernels)):
@@ -171,7 +171,7 @@ def hifigan(mel, p, cfg):
             total = total + layers.hifigan_block(y, block, kernels[j], dilations[j], slope)
         x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
-    return layers.tanh(layers.conv1d(ops.leaky_relu(x, 0.01), p["conv_post"], kernel=7, dilation=1).squeeze(2))
+    return layers.tanh(layers.conv1d(layers.leaky_relu(x, 0.01), p["conv_post"], kernel=7, dilation=1).squeeze(2))
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers

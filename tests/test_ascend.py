@@ -213,9 +213,6 @@ class Recorder:
     def clamp(self, x, low, high):
         return self.call("Clamp", [x], x.shape, x.dtype, (low, high))
 
-    def leaky_relu(self, x, slope):
-        return self.call("LeakyReLU", [x], x.shape, x.dtype, (slope,))
-
     def Conv2D(self, channels, kernel, pad_mode, pad, stride, dilation):
         def convolve(x, weight):
             (n, i, *size), (o, wanted, *taps) = x.shape, weight.shape
@@ -239,7 +236,7 @@ COMPUTE = {  # a recorded operator by MindSpore, of its inputs and numbers
     "Split": lambda x, axis, parts: ops.Split(axis, parts)(x)[0], "BroadcastTo": ops.broadcast_to,
     "ReduceMean": lambda x, axis, keep: ops.ReduceMean(keep)(x, axis), "Softmax": lambda x, axis: ops.Softmax(axis)(x),
     "LayerNorm": lambda x, weight, bias, *numbers: ops.LayerNorm(*numbers)(x, weight, bias)[0],
-    "LeakyReLU": ops.leaky_relu, "Clamp": ops.clamp,
+    "Clamp": ops.clamp,
     "Conv2D": lambda x, weight, channels, kernel, pad, stride, dilation: ops.Conv2D(
         channels, kernel, pad_mode="pad", pad=pad, stride=stride, dilation=dilation)(x, weight)}
 

@@ -139,10 +139,10 @@ def test_fast_filters_correlate(kernel, outputs, products):
 @pytest.mark.parametrize("options", [{"stride": 2}, {"upsample_to": (13, 5)}, {"loop": True}])
 def test_convolution_by_blocks(options, way, n, block, monkeypatch, normal):
     x, weight, bias = normal(n, 7, 3, 2), normal(4, 2, 3, 3), normal(4)
-    sizes, gather = [], ops.Gather()
+    sizes, read_rows = [], layers.read_rows
     monkeypatch.setattr(layers, "BLOCK", block)
-    monkeypatch.setattr(layers.ops, "Gather", lambda: lambda x, rows, axis: (
-        sizes.append(rows.size * x.shape[1]), gather(x, rows, axis))[1])
+    monkeypatch.setattr(layers, "read_rows", lambda x, rows: (
+        sizes.append(rows.size * x.shape[1]), read_rows(x, rows))[1])
     y = convolved(x, weight, bias, **options)
     assert relative_error(y, correlate2d(x, weight, bias, **options)) < bar(way, 3, 3)
     assert (way == "native") == (not sizes)
@@ -214,6 +214,24 @@ def test_layer_norm(normal):
 def test_gelu_is_exact():
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     assert np.abs(layers.gelu(Tensor(x)).asnumpy() - x * special.ndtr(x.astype(np.float64))).max() < 1e-6
+
+
+def test_leaky_relu():
+    x = np.linspace(-6, 6, 1001).astype(np.float32)
+    assert np.abs(layers.leaky_relu(Tensor(x), 0.1).asnumpy() - np.where(x > 0, x, 0.1 * x.astype(np.float64))
+                  ).max() < 1e-6
+
+
+def test_rows_are_read_and_gradients_added_where_they_were_read(normal):
+    x, rows = normal(5, 3), np.array([[4, -1, 0], [0, 2, 0]], np.int32)
+
+    def total(x):
+        y = layers.read_rows(x, Tensor(rows))
+        return (y * y).sum()
+
+    read, gradient = layers.read_rows(Tensor(x), Tensor(rows)).asnumpy(), mindspore.grad(total)(Tensor(x)).asnumpy()
+    assert np.array_equal(read, np.concatenate([x, np.zeros((1, 3), np.float32)])[rows])
+    assert np.allclose(gradient, 2 * x * np.array([3, 0, 1, 0, 1])[:, None])
 
 
 def test_tanh():

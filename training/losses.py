@@ -104,7 +104,7 @@ def discriminate(x, p, stack):
     for i in range(len(stack)):
         x = layers.convolution(x, p[layers.nth("convs", i)], strided_geometry(x.shape, stack[i][2], stack[i][3]))
         if i < len(stack) - 1:
-            x = ops.leaky_relu(x, 0.1)
+            x = layers.leaky_relu(x, 0.1)
             features = features + (x,)
     return x, features
 
