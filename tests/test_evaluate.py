@@ -116,6 +116,10 @@ def test_a_whole_evaluation(tracks, params, monkeypatch):
     assert [*found] == [*evaluate.ROWS] and [row["takes"] for row in found.values()] == [4, 4, 4, 4, 4]
     assert all(-1 <= found[row]["text-audio cosine"] <= 1 for row in ("model", "random"))
     assert found["model"] != found["random"] and found["model"]["Frechet distance"] > 0
+    settings = {"a": cfg, "b": cfg, "c": golden_config("sampling.num_inference_steps=2", "sampling.guidance_scale=4")}
+    compared = evaluate.evaluate(cfg, params, tracks, prompts, seeds=2, settings=settings, say=lambda text: None)
+    distances = [row.pop("distance to the first") for row in compared.values()]
+    assert distances[:2] == [0, 0] and 0.1 < distances[2] < 10 and compared["a"] == compared["b"] == found["model"]
     text = evaluate.table(found)
     assert text.splitlines()[0] == "|  | corpus | ceiling | model | led | random |" and "nan" not in text
 
@@ -134,6 +138,7 @@ def test_music_in(tracks, params, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--rows", "corpus,mode"], "--rows corpus,mode"), (["--seeds", "0"], "--seeds 0"),
+    (["--prompts", "0"], "--prompts 0"), (["--settings", "steps=3"], "unknown config key"),
     (["--data", "nowhere"], "cannot read nowhere"), (["--weights", "nowhere"], "no folder 'nowhere'"),
     ([], "no track to learn the style of acoustic guitar"), (["--set", "sampling.steps=3"], "unknown config key"),
 ])

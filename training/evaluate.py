@@ -10,6 +10,11 @@ corpus's validation split. The rows:
     led      as many takes, led by validation clips' own CLAP audio vectors: what the text tower costs
     random   the model with random weights but for CLAP: the floor
 Tempo, percussion, spectrum, key and style are measured by signal processing alone, without the model's own networks.
+
+    python training/evaluate.py --weights DIR --data CORPUS --settings num_inference_steps=1000 scheduler=dpm,eta=0 ...
+
+has a row of takes for each of several settings of the section sampling, with the same noise; the last measure is the
+RMS distance of their log-mel spectrograms from the first row's.
 """
 import argparse
 import json
@@ -214,8 +219,17 @@ def judge(made, real, known, vectors, read):
         "SIM_AA@95": share_near(own, vectors["training"], 0.95)}
 
 
-def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, say=print):
-    """{row: {measure: number}}; tracks as data.read_manifest gives them, with styles and both splits."""
+def mel_distance(cfg, made, wanted):
+    """The mean over takes [(request, waveform)] of the RMS distance between their log-mel spectrograms."""
+    pairs = [[musicldm.log_mel(cfg["vocoder"], audio) for _, audio in pair] for pair in zip(made, wanted)]
+    return float(np.mean([((a - b) ** 2).mean() ** 0.5 for a, b in pairs]))
+
+
+def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, settings=None, say=print):
+    """{row: {measure: number}}; tracks as data.read_manifest gives them, with styles and both splits.
+
+    settings: {row: cfg} instead of rows: takes of the prompts with each
+    """
     training, validation = data.of_split(tracks, "train"), data.of_split(tracks, "validation")
     missing = {prompt["style"] for prompt in prompts} - {track.get("style") for track in training}
     if missing or {track.get("style") for track in validation} - {track.get("style") for track in training}:
@@ -236,12 +250,16 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, say=print):
     say(f"{len(training)} training clips heard")
     real = make_row("corpus", cfg, params, validation, prompts, seeds)
     vectors = {"validation": heard([audio for _, audio in real]), "training": np.concatenate(training_vectors)}
-    result = {}
-    for row in rows:
-        made = make_row(row, cfg, params, validation, prompts, seeds, say)
+    result, first = {}, None
+    for row in settings or rows:
+        made = (takes(settings[row], params, prompts, seeds, None, say) if settings else
+                make_row(row, cfg, params, validation, prompts, seeds, say))
         texts = [request.get("prompt") for request, _ in made]
         read = musicldm.encode_prompt(cfg, texts, params) if all(texts) else None
         result[row] = judge(made, shapes, known, {**vectors, "own": heard([audio for _, audio in made])}, read)
+        if settings:
+            first = first or made
+            result[row]["distance to the first"] = mel_distance(cfg, made, first)
         say(f"{row}: {json.dumps(result[row])}")
     return result
 
@@ -297,7 +315,9 @@ def main(argv=None):
     parser.add_argument("--weights", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DIR", help="a corpus of training/corpus.py")
     parser.add_argument("--rows", default=",".join(ROWS), metavar="A,B", help="some of %(default)s")
+    parser.add_argument("--settings", nargs="+", metavar="A=1,B=2", help="instead of rows: of config.yaml's sampling")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="takes of each prompt, 3")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="of each style, 4 and all")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config.yaml, such as "
                         "sampling.num_inference_steps=50")
     parser.add_argument("--music-in", action="store_true", help="instead: of variation, repainting and continuation")
@@ -305,17 +325,21 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         rows = args.rows.split(",")
-        if not {*rows} <= {*ROWS} or args.seeds < 1:
-            raise InputError(f"--rows {args.rows}, --seeds {args.seeds}; valid: some of {','.join(ROWS)}, 1 or more")
+        if not {*rows} <= {*ROWS} or min(args.seeds, args.prompts) < 1:
+            raise InputError(f"--rows {args.rows}, --seeds {args.seeds}, --prompts {args.prompts}; valid: some of "
+                             f"{','.join(ROWS)}, 1 or more, 1 or more")
         tracks = data.read_manifest(args.data)
-        cfg = musicldm.load_config(weights=args.weights, overrides=args.set)
+        cfg, *several = (musicldm.load_config(weights=args.weights, overrides=args.set + [
+            f"sampling.{text}" for text in setting.split(",") if text]) for setting in ["", *(args.settings or ())])
         params = checkpoints.load_params(cfg)
+
         def say(text):
             print(text, file=sys.stderr, flush=True)
 
-        prompts = corpus.evaluation_prompts()
+        prompts = of_each_style(corpus.evaluation_prompts(), args.prompts)
+        settings = dict(zip(args.settings or (), several))
         result = (music_in(cfg, params, tracks, prompts, say) if args.music_in else
-                  evaluate(cfg, params, tracks, prompts, rows, args.seeds, say))
+                  evaluate(cfg, params, tracks, prompts, rows, args.seeds, settings, say))
         if args.out:
             musicldm.write_files({pathlib.Path(args.out): json.dumps(result, indent=1).encode()})
     except InputError as error:

@@ -110,7 +110,7 @@ def discriminate(x, p, stack):
 
 
 def discriminators(x, p, channels):
-    """The scores (N, H, W, 1) of waveforms x (N, samples) by every discriminator, and all their features, as two tuples.
+    """Two tuples: every discriminator's score (N, H, W, 1) of waveforms x (N, samples), and the features of all.
 
     Trailing samples that a discriminator cannot lay out are left out.
     """

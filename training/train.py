@@ -45,9 +45,9 @@ DEFAULTS = pathlib.Path(__file__).with_name("config.yaml")
 RANGES = {"batch": (1, 4096), "crop": (0.08, 600), "segment": (0.08, 600), "learning_rate": (0, 1),
           "warmup": (0, math.inf), "weight_decay": (0, 1), "clip": (1e-6, math.inf), "ema": (0, 1),
           "save_minutes": (0, math.inf), "report_steps": (1, math.inf), "mixes": (0, 100), "drop": (0, 1),
-          "captions": (0, 1), "snr_cap": (0, math.inf), "kl_weight": (0, math.inf), "mel_weight": (0, math.inf),
-          "feature_weight": (0, math.inf), "adversarial_from": (0, math.inf), "through_vae": (0, 1),
-          "discriminator_learning_rate": (0, 1)}
+          "captions": (0, 1), "snr_cap": (0, math.inf), "snr_power": (0, 1), "kl_weight": (0, math.inf),
+          "mel_weight": (0, math.inf), "feature_weight": (0, math.inf), "adversarial_from": (0, math.inf),
+          "through_vae": (0, 1), "discriminator_learning_rate": (0, 1)}
 FREE = ("save_minutes", "report_steps")  # settings that a run may change when it goes on
 BETAS, EPSILON = (0.9, 0.99), 1e-8  # AdamW's
 STATE = ("weights", "first", "second", "average")  # AdamW's weights and moments, and EMA's weights
@@ -187,16 +187,6 @@ def clap_inputs(cfg, waveforms):
     return musicldm.stretch(musicldm.clap_features(cfg, waveforms)[:, 0], frames).astype(np.float32)
 
 
-def text_inputs(cfg, texts, length):
-    """What clap_text takes of texts, cut and padded to `length` tokens: ids, positions (n, length), mask."""
-    pad = cfg["text_encoder"]["text_config"]["pad_token_id"]
-    ids, mask = musicldm.tokenize(cfg, texts)
-    ids, mask = (np.pad(x, ((0, 0), (0, max(0, length - x.shape[1]))))[:, :length] for x in (ids, mask))
-    ids = np.where(mask == 1, ids, pad).astype(np.int32)
-    positions = np.cumsum(mask, axis=1) * mask + pad
-    return ids, positions.astype(np.int32), np.where(mask == 1, 0, -1e4).astype(np.float32)[:, None, None]
-
-
 def whole_batch(x, processes, rank):
     """Rows (n, ...) of every process as one array, in a graph: a sum of arrays that are zero but for one's own rows."""
     if processes == 1:
@@ -237,7 +227,7 @@ def clap_stage(cfg, params, settings, tracks, seed, processes, rank):
         chosen = pick(captioned, count, rng)
         texts = [str(rng.choice(track["captions"])) for track in chosen]
         waveforms = [data.random_crop(track, settings["crop"], rate, rng) for track in chosen]
-        return [clap_inputs(cfg, waveforms), *text_inputs(cfg, texts, length)]
+        return [clap_inputs(cfg, waveforms), *musicldm.text_inputs(cfg, *musicldm.tokenize(cfg, texts), length)]
 
     return types.SimpleNamespace(networks={"text_encoder": network}, rates={"text_encoder": settings["learning_rate"]},
                                  batch=batch, losses=lambda step: {"text_encoder": loss},
@@ -431,11 +421,12 @@ def kept_examples(path, make):
     return made
 
 
-def loss_weights(cfg, timesteps, cap):
-    """Weights of the square errors of eps at timesteps (n,): min(SNR, cap) / SNR, or 1 where cap is 0."""
+def loss_weights(cfg, timesteps, cap, power):
+    """Weights of the square errors of eps at timesteps (n,): min(SNR, cap) / SNR, or 1 where cap is 0, times
+    (1 + 1 / SNR) ** power."""
     alphas = musicldm.alphas_cumprod(cfg["schedule"])[timesteps]
     snr = alphas / (1 - alphas)
-    return np.minimum(snr, cap) / snr if cap else np.ones_like(snr)
+    return (np.minimum(snr, cap) / snr if cap else 1) * (1 + 1 / snr) ** power
 
 
 def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None, say=print):
@@ -464,7 +455,7 @@ def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None
         noise, alpha = rng.standard_normal(x.shape, np.float32), alphas[timesteps][:, None, None, None]
         return [np.sqrt(alpha) * x + np.sqrt(1 - alpha) * noise, noise, np.stack(conditions),
                 musicldm.timestep_embedding(timesteps, unet["block_out_channels"][0]),
-                loss_weights(cfg, timesteps, settings["snr_cap"]).astype(np.float32)]
+                loss_weights(cfg, timesteps, settings["snr_cap"], settings["snr_power"]).astype(np.float32)]
 
     def loss(x, noise, conditions, sinusoids, weights):
         error = musicldm.unet(x, sinusoids, conditions, tree, unet, False) - noise
