@@ -7,10 +7,11 @@ queries, E channels of the embedding of time and class, P positions of all N (N 
 A layer returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds it. Layers take their
 arguments in one order: data, conditioning, parameters, numbers.
 
-For who comes from PyTorch: MindSpore compiles what is under @mindspore.jit, and all that it calls, for each new set of
+If you come from PyTorch: MindSpore compiles what is under @mindspore.jit, and all that it calls, for each new set of
 shapes. It runs Python's own tuples, branches and loops in doing so. A @constexpr function is called by plain Python
-then, and what it returns is a constant of the graph. ops.X()(...) makes an operator and applies it; ops.x(...) does the
-same after checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there.
+then, and what it returns is a constant of the graph; so is every argument but Tensors and what is wrapped in
+mindspore.mutable, as parameters are. ops.X()(...) makes an operator and applies it; ops.x(...) does the same after
+checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there.
 """
 import functools
 import math
@@ -27,8 +28,22 @@ BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or ta
 
 @constexpr
 def nth(name, number):
-    """The checkpoint's name for one of several layers."""
+    """The checkpoint's name for one of several layers; a graph's own code has no f-strings."""
     return f"{name}.{number}"
+
+
+@constexpr
+def on_cpu():
+    return mindspore.get_context("device_target") == "CPU"
+
+
+def blocks(numbers):
+    """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
+    return -(-numbers // BLOCK)
+
+
+def int_tensor(array):
+    return Tensor(array.astype(np.int32))
 
 
 # ----------------------------------------------------------------------------------------------- blocks of UNet and VAE
@@ -89,7 +104,10 @@ def downsample(x, p, loop):
 
 
 def encoder_downsample(x, p):
-    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0)."""
+    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0).
+
+    x (N, H, W, I), H and W even -> (N, H / 2, W / 2, O)
+    """
     return convolution(x, p, geometry2d(x.shape, 2, None, False, 0))
 
 
@@ -171,41 +189,44 @@ def patch_merging(x, p):
 
 # --------------------------------------------------------------------------------------------------- blocks of HiFi-GAN
 
-def hifigan_block(x, p, kernel, dilations, slope):
+def hifigan_block(x, p, dilations, slope):
     """HiFi-GAN's residual block (Kong et al., 2020, type 1): x (N, L, C)."""
     for i in range(len(dilations)):
-        y = conv1d(leaky_relu(x, slope), p[nth("convs1", i)], kernel, dilations[i])
-        x = x + conv1d(leaky_relu(y, slope), p[nth("convs2", i)], kernel, 1)
+        y = conv1d(leaky_relu(x, slope), p[nth("convs1", i)], dilations[i])
+        x = x + conv1d(leaky_relu(y, slope), p[nth("convs2", i)])
     return x
 
 
-def conv1d(x, p, kernel, dilation):
-    """x (N, L, I) -> (N, L, O), zero-padded to keep its length; weight (O, I, K), `kernel` is K, odd."""
+def conv1d(x, p, dilation=1):
+    """x (N, L, I) -> (N, L, O), zero-padded to keep its length; weight (O, I, K), K odd."""
+    geometry = geometry1d(x.shape, p["weight"].shape, dilation)
     p = {"weight": ops.ExpandDims()(p["weight"], -1), "bias": p["bias"]}
-    return convolution(x, p, geometry1d(x.shape, kernel, dilation)).reshape(x.shape[0], x.shape[1], -1)
+    return convolution(x, p, geometry).reshape(x.shape[0], x.shape[1], -1)
 
 
-def conv_transpose1d(x, p, kernel, stride):
+def conv_transpose1d(x, p, stride):
     """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, transposed_length, O).
 
     As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
     transposed one.
     """
-    geometry, channels = geometry_transposed1d(x.shape, kernel, stride), p["bias"].shape[0]
+    channels, kernel = p["weight"].shape[1:]
+    geometry = geometry_transposed1d(x.shape, kernel, stride)
     bias = ops.broadcast_to(p["bias"].reshape(1, -1), (stride, channels)).reshape(-1)
-    phases = {"weight": polyphase_weight(p["weight"], kernel, stride), "bias": bias}
+    phases = {"weight": polyphase_weight(p["weight"], stride), "bias": bias}
     y = convolution(x, phases, geometry).reshape(x.shape[0], -1, channels)
     length = transposed_length(x.shape[1], kernel, stride)
     return y if y.shape[1] == length else y[:, :length]  # a slice that is all of it takes MindSpore long
 
 
 def transposed_length(length, kernel, stride):
-    """Of `conv_transpose1d`'s output."""
+    """The length of `conv_transpose1d`'s output: torch's formula with padding (kernel - stride) // 2."""
     return (length - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
 
 
 def polyphase(kernel, stride):
-    """(first, taps): output position stride * q of a transposed convolution reads inputs q - first and taps - 1 more.
+    """(first, taps): the `stride` outputs of a transposed convolution from stride * q on read `taps` inputs, from
+    q - first on.
 
     Position t = stride * q + phase sums the inputs i whose tap k = t + padding - stride * i lies in [0, kernel), with
     HiFi-GAN's padding (kernel - stride) // 2.
@@ -225,7 +246,7 @@ def polyphase_layout(shape, stride):
     return Tensor(sort.astype(np.float32)), (-1, kernel), (i, o, stride, taps), (stride * o, i, taps, 1)
 
 
-def polyphase_weight(weight, kernel, stride):
+def polyphase_weight(weight, stride):
     """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
     layout = polyphase_layout(weight.shape, stride)
     taps = ops.MatMul()(weight.reshape(layout[1]), ops.Cast()(layout[0], weight.dtype)).reshape(layout[2])
@@ -366,10 +387,10 @@ def multi_head_attention(q, k, v, bias, heads):
     q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
     """
     split, apart, together, scale, count = head_order(q.shape, heads)
-    shape, q = q.shape, ops.Gather()(ops.Reshape()(q * scale, split), apart, 0)
-    k, v = ops.Gather()(ops.Reshape()(k, split), apart, 0), ops.Gather()(ops.Reshape()(v, split), apart, 0)
+    shape, q = q.shape, take_rows(ops.Reshape()(q * scale, split), apart)
+    k, v = take_rows(ops.Reshape()(k, split), apart), take_rows(ops.Reshape()(v, split), apart)
     y = attend(q, k, v, bias) if count == 1 or bias is not None else attend_by_blocks(q, k, v, count)
-    return ops.Reshape()(ops.Gather()(ops.Reshape()(y, split), together, 0), shape)
+    return ops.Reshape()(take_rows(ops.Reshape()(y, split), together), shape)
 
 
 def attend(q, k, v, bias):
@@ -407,13 +428,46 @@ def head_order(shape, heads):
             (c // heads) ** -0.5, blocks(n * heads * l * l))
 
 
-def blocks(numbers):
-    """How many blocks a temporary of so many numbers is computed in, so that memory does not grow with the clip."""
-    return -(-numbers // BLOCK)
+class RowReader(nn.Cell):
+    """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
+
+    Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. Its own gradient is a sparse tensor;
+    this is a class, the only one here, to have another: the sum of what was read of each row, by lookups again where
+    they are few, as UnsortedSegmentSum uses one core.
+    """
+
+    def construct(self, x, rows):
+        return ops.EmbeddingLookup()(x, rows, 0)
+
+    def bprop(self, x, rows, _, gradient):
+        places = readers(rows, x.shape[0])
+        if len(places) > 4:
+            return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
+        gradient, parts = in_rows(gradient), ()
+        for i in range(len(places)):
+            parts = parts + (ops.EmbeddingLookup()(gradient, places[i], 0),)
+        return parts[0] if len(parts) == 1 else ops.AddN()(parts), ops.zeros_like(rows)
 
 
-def int_tensor(array):
-    return Tensor(array.astype(np.int32))
+read_rows = RowReader()
+
+
+@constexpr
+def readers(rows, count):
+    """Where each of `count` rows is read: int32 (count,) of its first place in the flattened rows, its second, ..., each
+    -1 where there is none."""
+    flat = rows.asnumpy().reshape(-1)
+    order = np.argsort(flat, kind="stable")[(flat < 0).sum():]
+    read = flat[order]
+    nth_reader = np.arange(len(read)) - np.searchsorted(read, read)
+    places = np.full((nth_reader.max() + 1, count), -1)
+    places[nth_reader, read] = order
+    return tuple(int_tensor(place) for place in places)
+
+
+def take_rows(x, rows):
+    """`read_rows` where the device is a CPU, or what is the same elsewhere if no row is -1."""
+    return read_rows(x, rows) if on_cpu() else ops.Gather()(x, rows, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- convolution
@@ -443,8 +497,8 @@ def plain_convolution(x, weight, geometry):
 def convolution(x, p, geometry):
     """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N, H_out, W_out, O).
 
-    p: bias (O,), and weight (O, I, KH, KW), or what `fast_weight` or `gathered_weight` made of it before: worth it for
-        many calls
+    p: bias (O,), and weight (O, I, KH, KW), or what `fast_weight` (three axes) or `gathered_weight` (two) made of it
+        before: worth it for many calls
     """
     compute = way_to_convolve(p["weight"].shape, p["weight"].dtype, geometry)
     y = ops.BiasAdd()(compute(in_rows(x), p["weight"], geometry), p["bias"])
@@ -454,7 +508,8 @@ def convolution(x, p, geometry):
 @constexpr
 def output_shape(geometry):
     """(N, H_out, W_out, any O)."""
-    return geometry[0], *geometry[2], -1
+    n, _, out_size, *_ = geometry
+    return n, *out_size, -1
 
 
 @constexpr
@@ -464,13 +519,9 @@ def way_to_convolve(shape, dtype, geometry):
         return native_convolution
     if len(shape) < 4:
         return fast_convolution if len(shape) == 3 else gathered_convolution
-    fast = dtype == float32 and geometry[4] == (1, 1) and products_are_exact()
+    _, _, _, _, stride, *_ = geometry
+    fast = dtype == float32 and stride == (1, 1) and products_are_exact()
     return fast_from_checkpoint if fast else gathered_from_checkpoint
-
-
-@constexpr
-def on_cpu():
-    return mindspore.get_context("device_target") == "CPU"
 
 
 def products_are_exact():
@@ -493,9 +544,9 @@ def geometry2d(shape, stride, upsample_to, loop, padding=1):
 
 
 @constexpr
-def geometry1d(shape, kernel, dilation):
-    """Of a sequence (N, L, C); the output is as long."""
-    n, l, _ = shape
+def geometry1d(shape, weight_shape, dilation):
+    """Of a sequence (N, L, I) and a weight (O, I, K); the output is as long."""
+    (n, l, _), kernel = shape, weight_shape[2]
     return n, (l, 1), (l, 1), (kernel, 1), (1, 1), (dilation, 1), (dilation * (kernel - 1) // 2, 0), 1, False
 
 
@@ -515,7 +566,7 @@ def native_convolution(x, weight, geometry):
     to 2 ** 32 - 1 (its TBE source, FMAP_H_MAX and FMAP_W_MAX); the vocoder has 163,872 samples at once.
     """
     n, *pairs, scale, loop = geometry
-    if pairs[2][1] == 1:
+    if weight.shape[3] == 1:
         pairs, weight = [pair[::-1] for pair in pairs], weight.reshape(*weight.shape[:2], 1, -1)
     (h, w), out_size, kernel, stride, dilation, padding = pairs
     o, i = weight.shape[:2]
@@ -585,23 +636,6 @@ def read_along(axis, place, geometry):
     return place // scale, (place >= 0) & (place < limit)
 
 
-class RowReader(nn.Cell):
-    """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
-
-    Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. It is a class, the only one here,
-    to have another gradient than EmbeddingLookup's own, a sparse tensor.
-    """
-
-    def construct(self, x, rows):
-        return ops.EmbeddingLookup()(x, rows, 0)
-
-    def bprop(self, x, rows, _, gradient):
-        return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
-
-
-read_rows = RowReader()
-
-
 def in_blocks(function, x, rows):
     """What function(x, block) makes of all blocks of rows, one after the other: they share memory."""
     if len(rows) == 1:
@@ -613,18 +647,18 @@ def in_blocks(function, x, rows):
 
 
 def fast_convolution(x, weight, geometry):
-    """The same, of stride 1, in two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
+    """Winograd's way, for stride 1: two to four times fewer multiplications (Lavin & Gray, 2016, arXiv 1509.09308).
 
     x (N * H * W, I), weight (products, O, I) from `fast_weight` -> (N * H_out * W_out, O)
     The input is cut into overlapping tiles, each of which becomes `products` numbers a channel; there the convolution
     is one matrix product for each of these; what comes out becomes the tile's outputs.
     """
-    to_products, to_outputs, products, outputs, rows = fast_constants(geometry, weight.shape)
+    to_products, to_outputs, products_shape, outputs_shape, rows = fast_constants(geometry, weight.shape)
 
     def block(x, rows):
-        tiles = ops.MatMul()(to_products, ops.Flatten()(read_rows(x, rows[0]))).reshape(products)
+        tiles = ops.MatMul()(to_products, ops.Flatten()(read_rows(x, rows[0]))).reshape(products_shape)
         tiles = ops.Flatten()(ops.BatchMatMul(transpose_b=True)(tiles, weight))
-        return read_rows(ops.MatMul()(to_outputs, tiles).reshape(outputs), rows[1])
+        return read_rows(ops.MatMul()(to_outputs, tiles).reshape(outputs_shape), rows[1])
 
     return in_blocks(block, x, rows)
 
@@ -649,10 +683,10 @@ def fast_weight_transform(shape, outputs):
 
 @constexpr
 def fast_constants(geometry, weight_shape):
-    """(B, A, products, outputs, rows) of `fast_convolution`.
+    """(to_products, to_outputs, products_shape, outputs_shape, rows) of `fast_convolution`.
 
-    B (products, inputs) and A (outputs, products) are for flattened tiles, float32; two shapes between the steps; and
-    `tile_rows`.
+    Float32 (products, inputs) and (outputs, products), `toom_cook`'s B and A of both axes at once, for flattened tiles;
+    two shapes between the steps; and `tile_rows`.
     """
     (a_h, b_h), (a_w, b_w) = fast_filters(geometry[3], weight_shape[0])
     a, b, (products, o, i) = np.kron(a_h, a_w), np.kron(b_h, b_w), weight_shape
@@ -665,16 +699,16 @@ def tile_rows(geometry, weight_shape):
 
     The row of the flattened input at each place of each tile, (inputs, tiles), as in `tap_rows`; and for each
     position of the flattened output, in order, its row among (outputs * tiles). The places of a tile are `dilation`
-    apart, and as many tiles lie one between the other.
+    apart; the tiles of a dilated convolution interleave.
     """
     n, size, out_size, kernel, _, dilation, padding, *_ = geometry
     transforms = fast_filters(kernel, weight_shape[0])
 
     def along(axis, tile):
-        (outputs, _), inputs = (x.shape for x in transforms[axis])
-        step = dilation[axis]
+        a, b = transforms[axis]
+        outputs, inputs, step = len(a), b.shape[1], dilation[axis]
         origin = tile // step * step * outputs + tile % step
-        read = origin + step * np.arange(inputs[1])[:, None] - padding[axis]
+        read = origin + step * np.arange(inputs)[:, None] - padding[axis]
         return *read_along(axis, read, geometry), origin + step * np.arange(outputs)[:, None]
 
     rows, columns = (-(-out_size[axis] // (dilation[axis] * len(transforms[axis][0]))) * dilation[axis]

@@ -5,7 +5,7 @@ It reads from top to bottom as the pipeline runs. With the published sizes, one 
     -> clap_text: CLAP's vector (1, 512)
     -> noise (1, 256, 16, 8), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
     -> vae_decode: log-mel spectrogram (1, 1024, 64)
-    -> hifigan: waveform (1, 163840) at 16 kHz
+    -> hifigan: waveform (1, 163872) at 16 kHz, of which render keeps 163840 samples
 `generate` joins them. What follows serves it: CLAP's audio tower, music that goes in, the tokenizer, checks, and the
 command line. Axis letters are those of layers.py. Arrays outside of graphs have diffusers' layout (n, channels, h, w).
 """
@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -126,8 +127,8 @@ def guided_noise(x, sinusoids, embeds, guidance_scale, p, cfg, loop):
     """
     if embeds.shape[0] == x.shape[0]:
         return unet(x, sinusoids, embeds, p, cfg, loop)
-    noise = unet(ops.cat((x, x), 0), sinusoids, embeds, p, cfg, loop)
-    unconditional, conditional = noise[:x.shape[0]], noise[x.shape[0]:]
+    noise_pred = unet(ops.cat((x, x), 0), sinusoids, embeds, p, cfg, loop)
+    unconditional, conditional = noise_pred[:x.shape[0]], noise_pred[x.shape[0]:]
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -157,30 +158,31 @@ def hifigan(mel, p, cfg):
 
     In [-1, 1]; at the published rates samples = 160 * frames + 32.
     """
-    kernels, dilations, slope = cfg["resblock_kernel_sizes"], cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
+    dilations, slope = cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
     if cfg["normalize_before"]:
         mel = (mel - p["mean"]) / p["scale"]
-    x = layers.conv1d(mel, p["conv_pre"], kernel=7, dilation=1)
+    x = layers.conv1d(mel, p["conv_pre"])
     for i in range(len(cfg["upsample_rates"])):
-        x = layers.conv_transpose1d(layers.leaky_relu(x, slope), p[layers.nth("upsampler", i)],
-                                    cfg["upsample_kernel_sizes"][i], cfg["upsample_rates"][i])
+        x = layers.leaky_relu(x, slope)
+        x = layers.conv_transpose1d(x, p[layers.nth("upsampler", i)], cfg["upsample_rates"][i])
         total = 0.0
-        for j in range(len(kernels)):
-            block = p[layers.nth("resblocks", i * len(kernels) + j)]
+        for j in range(len(dilations)):
+            block = p[layers.nth("resblocks", i * len(dilations) + j)]
             y = x if j == 0 else ops.Depend()(x, total)  # one block after the other, so that they share memory
-            total = total + layers.hifigan_block(y, block, kernels[j], dilations[j], slope)
-        x = total * (1 / len(kernels))  # not by a division: MindSpore's keeps an index of every element
+            total = total + layers.hifigan_block(y, block, dilations[j], slope)
+        x = total * (1 / len(dilations))  # not by a division: MindSpore's keeps an index of every element
     # torch's default slope: the reference gives none here
-    return layers.tanh(layers.conv1d(layers.leaky_relu(x, 0.01), p["conv_post"], kernel=7, dilation=1).squeeze(2))
+    return layers.tanh(layers.conv1d(layers.leaky_relu(x, 0.01), p["conv_post"]).squeeze(2))
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
 # Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
-#   predict(x, t) returns the noise in x at timestep t, where x has unit variance if the signal has
-#   x is unit normal noise, of any array type; it is not changed
+#   predict(x, t) returns the noise in x at timestep t, x being `add_noise` of a signal at alphas[t]
+#   x is where to start: unit normal noise, or music noised to the first timestep; of any array type, not changed
 #   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
+#   steps is num_inference_steps, which sets how far timesteps are apart: a strength below 1 leaves out the first
 #   final_alpha is alpha-bar after the last step; noise is an iterator of unit normal arrays like x
-#   steps is how many the schedule was cut into, where timesteps are only the last of them
+# ddim, pndm and dpm yield x in that scale; lms, heun and the Eulers yield signal + sigma * noise, as diffusers does.
 
 def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
@@ -226,9 +228,9 @@ def ddim_step(x, noise_pred, alpha, previous, sigma=0.0):
     return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * noise_pred
 
 
-def ddim(predict, x, timesteps, alphas, *, final_alpha, eta=0.0, noise=None, steps=None):
+def ddim(predict, x, timesteps, alphas, *, steps, final_alpha, eta=0.0, noise=None):
     """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
-    step = len(alphas) // (steps or len(timesteps))
+    step = len(alphas) // steps
     for t in timesteps:
         alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
@@ -246,12 +248,12 @@ def multistep_weights(nodes, end):
     return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
 
 
-def pndm(predict, x, timesteps, alphas, *, final_alpha, steps=None):
+def pndm(predict, x, timesteps, alphas, *, steps, final_alpha):
     """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
 
     The first step is taken twice: the second time with the mean of the noise at both of its ends.
     """
-    step, start, history = len(alphas) // (steps or max(1, len(timesteps) - 1)), x, ()
+    step, start, history = len(alphas) // steps, x, ()
     for i, t in enumerate(timesteps):
         noise_pred = predict(x, int(t))
         if i == 1:
@@ -264,13 +266,17 @@ def pndm(predict, x, timesteps, alphas, *, final_alpha, steps=None):
 
 
 def in_sigma_scale(predict, x, timesteps, alphas):
-    """Karras et al. (2022, arXiv 2206.00364): x as the signal plus sigma times unit noise, which is then dx / dsigma.
+    """The scale of Karras et al. (2022, arXiv 2206.00364): x is signal + sigma * noise, and dx / dsigma the noise.
 
-    Returns predict(x, t, sigma) and x in that scale, and sigmas, a float a timestep and 0 after the last.
+    Returns predict_noise(x, t, sigma) and x, both in that scale, and sigmas, a float a timestep and 0 after the last.
     """
     alphas = np.asarray(alphas, np.float64)[timesteps]
     sigmas = [*(((1 - alphas) / alphas) ** 0.5).tolist(), 0.0]
-    return (lambda x, t, sigma: predict(x / (sigma ** 2 + 1) ** 0.5, int(t))), x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
+
+    def predict_noise(x, t, sigma):
+        return predict(x / (sigma ** 2 + 1) ** 0.5, int(t))
+
+    return predict_noise, x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
 
 
 def dpm(predict, x, timesteps, alphas):
@@ -331,10 +337,10 @@ SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, 
               "euler_ancestral": euler_ancestral}
 
 
-def make_scheduler(name, schedule, eta, noise, steps=None):
+def make_scheduler(name, schedule, steps, eta, noise):
     """The scheduler of a name as a function of (predict, x, timesteps), with what it takes of the other arguments."""
     alphas = alphas_cumprod(schedule)
-    ends = {"final_alpha": 1.0 if schedule["set_alpha_to_one"] else alphas[0], "steps": steps}
+    ends = {"steps": steps, "final_alpha": 1.0 if schedule["set_alpha_to_one"] else alphas[0]}
     needs = {"ddim": {**ends, "eta": eta, "noise": noise}, "pndm": ends, "euler_ancestral": {"noise": noise}}
     return functools.partial(SCHEDULERS[name], alphas=alphas, **needs.get(name, {}))
 
@@ -345,8 +351,11 @@ def add_noise(x, noise, alpha):
 
 
 def keeping(predict, known, kept, alphas):
-    """`predict` for repainting (Lugmayr et al., 2022, arXiv 2201.09865): where `kept` is 1, not 0, the noise is what
-    leads back to the latents `known`. So every scheduler puts them back after each step, at its own level of noise."""
+    """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is what leads back to the latents
+    `known`, (n or 1, H, W, C). So every scheduler has them there after each step, at that step's level of noise.
+
+    Lugmayr et al. (2022, arXiv 2201.09865, equation 8), but with one noise throughout and without resampling.
+    """
     def predict_kept(x, t):
         alpha = float(alphas[t])
         return kept * (x - alpha ** 0.5 * known) / (1 - alpha) ** 0.5 + (1 - kept) * predict(x, t)
@@ -362,35 +371,30 @@ def encode_prompt(cfg, prompts, params):
 
     Each text goes through the tower alone, so that what stands beside it changes nothing.
     """
-    prompts, text = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
-    distinct, pad = list(dict.fromkeys(prompts)), text["pad_token_id"]
-    p, vectors = params["text_encoder"], {}
-    for prompt, row, mask in zip(distinct, *tokenize(cfg, distinct)):
-        tokens, length = int(mask.sum()), padded_length(cfg, int(mask.sum()))
-        ids = np.full((1, length), pad, np.int32)
-        ids[0, :tokens] = row[:tokens]
-        # RoBERTa counts positions over what is not padding, from pad_token_id + 1
-        positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
-        mask = np.where(np.arange(length) < tokens, 0, -1e4)[None, None, None]  # exp() of it is 0 in float32
-        x = to_numpy(clap_text(Tensor(ids), Tensor(positions.astype(np.int32)), Tensor(mask.astype(np.float32)),
-                               mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"]), text))[0]
+    prompts, text_cfg = checked_prompts(prompts), frozen(cfg["text_encoder"]["text_config"])
+    p = params["text_encoder"]
+    model, projection = mindspore.mutable(p["text_model"]), mindspore.mutable(p["text_projection"])
+    distinct, vectors = list(dict.fromkeys(prompts)), {}
+    for prompt, ids, mask in zip(distinct, *tokenize(cfg, distinct)):
+        inputs = text_inputs(cfg, ids[None], mask[None], padded_length(cfg, int(mask.sum())))
+        x = to_numpy(clap_text(*map(Tensor, inputs), model, projection, text_cfg))[0]
         vectors[prompt] = x / np.linalg.norm(x)
     return finite(np.stack([vectors[prompt] for prompt in prompts]), "the prompts' vectors")
 
 
 @one_at_a_time
-def prompt_vectors(cfg, prompts, params, heard=None, weight=0.5):
+def prompt_vectors(cfg, prompts, params, audio_embeds=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
-    Of the prompts (a text or a list of texts), `heard`, the vector (1, projection_dim) that encode_audio made of an
-    audio prompt, or with both, the normalised mixture of each prompt with `weight` (0 to 1) of the audio. The UNet was
-    trained on CLAP's audio vectors.
+    Text alone: the vectors of the prompts, a text or a list of texts. Audio alone (prompts None): `audio_embeds`, the
+    vector (1, projection_dim) that encode_audio made of it; the UNet was trained on such vectors. With both, each text
+    is mixed with `weight` (0 to 1) of the audio, and normalised again.
     """
-    if heard is None:
+    if audio_embeds is None:
         return encode_prompt(cfg, prompts, params)
     if prompts is None:
-        return heard
-    mixture = (1 - weight) * encode_prompt(cfg, prompts, params) + weight * heard
+        return audio_embeds
+    mixture = (1 - weight) * encode_prompt(cfg, prompts, params) + weight * audio_embeds
     return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
 
 
@@ -411,12 +415,14 @@ def noise_predictor(cfg, x, embeds, params, sampling):
 
 @one_at_a_time
 def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, kept=None):
-    """Noise x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
+    """Unit normal x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
 
+    noise: an iterator of more such arrays, one a step, for schedulers that mix in fresh noise
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
-    noise, sampling, callback: as in `generate`, noise as an iterator
-    known (n or 1, 8, h, w): latents to start from, as far as sampling["strength"] leaves them and where `kept`, bool
-        (h,), says so to come back to
+    sampling: cfg["sampling"]
+    known (n or 1, 8, h, w): latents of the music to start from
+    kept, bool (h,): which rows come back to `known` after every step; the others are made anew, from `known` if
+        sampling["strength"] is below 1, else from x alone
     Raises NotFinite after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
@@ -424,13 +430,12 @@ def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, 
     steps, strength = sampling["num_inference_steps"], sampling["strength"] or 1.0
     timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
     if known is not None:
-        kept = kept[:, None]
-        x = np.where(kept | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
+        x = np.where(kept[:, None] | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
         if kept.any():
-            known = to_tensor(cfg, known.transpose(0, 2, 3, 1))
-            predict = keeping(predict, known, to_tensor(cfg, kept[:, None]), alphas)
+            known, kept = to_tensor(cfg, known.transpose(0, 2, 3, 1)), to_tensor(cfg, kept[:, None, None])
+            predict = keeping(predict, known, kept, alphas)
     noise = (to_tensor(cfg, array.transpose(0, 2, 3, 1)) for array in noise)
-    scheduler = make_scheduler(sampling["scheduler"], cfg["schedule"], sampling["eta"], noise, steps)
+    scheduler = make_scheduler(sampling["scheduler"], cfg["schedule"], steps, sampling["eta"], noise)
     on_cpu = checkpoints.use_device(cfg) == "CPU"
     for i, x in enumerate(scheduler(predict, to_tensor(cfg, x.transpose(0, 2, 3, 1)), timesteps)):
         called = callback is not None and i % sampling["callback_steps"] == 0
@@ -457,7 +462,8 @@ def vocode(cfg, mel, params, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
     At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
-    than `window` frames goes by such windows, which overlap by what a sample depends on: the result is the same.
+    than `window` frames goes by such windows. They overlap by what a sample depends on on either side, `reach` frames,
+    and of each only what is `reach` frames from its end is kept, so that the result is the same.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
     hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
@@ -486,12 +492,12 @@ def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None
     """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
 
     x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
-    original (n or 1, samples): music to start from, which stays but for the parts that are to be made anew
+    original (n or 1, samples): music to start from, which stays but for the parts in sampling["repaint"]
     """
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     known = kept = None
     if original is not None:
-        share = made_anew(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
+        share = share_of_new(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
         known = encode_latents(cfg, np.atleast_2d(original), params, cfg["vocoder"]["sampling_rate"])
         share_by_row = np.pad(share, (0, size[1] * row_samples(cfg) - samples), mode="edge").reshape(size[1], -1)
         kept = share_by_row.max(axis=1) == 0
@@ -511,24 +517,27 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
              num_inference_steps=None, guidance_scale=None, negative_prompt=None, eta=None,
              num_waveforms_per_prompt=None, audio_prompt_weight=None, strength=None, repaint=None, extend=None,
              loop=None, seed=None, callback_steps=None, output_type=None):
-    """Text to music: a prompt, or a list of n -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
+    """Text to music: a prompt, or a list of them -> np.float32 (n, samples) in [-1, 1] at the vocoder's sampling rate.
+
+    n is the number of prompts times num_waveforms_per_prompt, prompt by prompt.
 
     params: what weights.load_params(cfg) returned; None loads them for this call
-    prompt_embeds, negative_prompt_embeds: CLAP vectors (n, projection_dim) of unit length instead of the texts
-    audio_prompt: music to follow, a file or what soundfile.read returned, alone or mixed into each prompt
+    prompt_embeds, negative_prompt_embeds: CLAP vectors (prompts, projection_dim) of unit length instead of the texts
+    audio_prompt: music to follow, alone or mixed into each prompt: a file, (samples, rate) as soundfile.read returns
+        them, or samples in [-1, 1] at the vocoder's rate
     init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
         parts; with `extend` the same and more of it
-    latents: the initial noise, unit normal, (n, 8, frames / 4, 16)
-    noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, 8, frames / 4, 16)
+    latents: the initial noise, unit normal, (n, *size), where size is clip_size(cfg, seconds, loop)[1]
+    noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size)
     callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
         in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait for another
         thread that does: threads compute one at a time
     audio_length_in_s and all after it: as config.yaml explains them; None is what cfg["sampling"] says. `seed` may also
         be a list of one a waveform
-    With num_waveforms_per_prompt above 1, n is the number of prompts times that: each prompt's own takes follow one
-    another, from the most to the least similar to it (`rank`). A prompt's takes, and its repetitions, count up the
-    seed. With output_type "mel" the result is the log-mel spectrogram (n, frames, 64), with "latent" it is the latents,
-    both in the order of the seeds. A waveform follows from its seed and prompt alone, whatever stands beside it.
+    With num_waveforms_per_prompt above 1, a prompt's takes go from the most to the least similar to it (`rank`). A
+    prompt's takes, and its repetitions, count up the seed. With output_type "mel" the result is the log-mel spectrogram
+    (n, frames, 64), with "latent" it is the latents, both in the order of the seeds. A waveform follows from its seed
+    and prompt alone, whatever stands beside it.
     Raises InputError for unusable arguments or weights, before any model runs; of its kind are OutOfMemory, likewise,
     and NotFinite.
     """
@@ -536,15 +545,15 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
     params = checkpoints.load_params(cfg) if params is None else params
 
-    conditional, unconditional = call.prompt_embeds, call.negative_prompt_embeds
-    if conditional is None:
-        heard = call.audio_prompt and encode_audio(cfg, call.audio_prompt[0], params, call.audio_prompt[1])
-        conditional = prompt_vectors(cfg, prompt, params, heard, sampling["audio_prompt_weight"])
-    embeds = conditional
+    prompt_embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
+    if prompt_embeds is None:
+        audio_embeds = call.audio_prompt and encode_audio(cfg, call.audio_prompt[0], params, call.audio_prompt[1])
+        prompt_embeds = prompt_vectors(cfg, prompt, params, audio_embeds, sampling["audio_prompt_weight"])
+    embeds = prompt_embeds
     if call.guided:
-        if unconditional is None:
-            unconditional = encode_prompt(cfg, call.negative_prompts, params)
-        embeds = np.concatenate((unconditional, conditional))
+        if negative_embeds is None:
+            negative_embeds = encode_prompt(cfg, call.negative_prompts, params)
+        embeds = np.concatenate((negative_embeds, prompt_embeds))
     embeds = np.repeat(embeds, takes, axis=0)
 
     if sampling["extend"]:
@@ -553,7 +562,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
         result = render(cfg, *draw(call), embeds, params, sampling, callback, call.original)
     if sampling["output_type"] != "np" or takes == 1:
         return result
-    return result[rank(cfg, conditional, result, params)[0]]
+    return result[rank(cfg, prompt_embeds, result, params)[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- audio and CLAP
@@ -649,8 +658,8 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
     return layers.linear(ops.relu(layers.linear(x, audio_projection["linear1"])), audio_projection["linear2"])
 
 
-def heard_samples(cfg, sampling_rate):
-    """How much of a waveform counts, and a second more, so that the end of the resampling does not show."""
+def samples_to_read(cfg, sampling_rate):
+    """As many samples as CLAP hears, and a second more, so that the end of the resampling does not show."""
     extractor = cfg["feature_extractor"]
     return extractor["nb_max_samples"] * sampling_rate // extractor["sampling_rate"] + sampling_rate
 
@@ -668,7 +677,7 @@ def encode_audio(cfg, audio, params, sampling_rate=16000):
     tower, p = frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
     encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
     rate, side = cfg["feature_extractor"]["sampling_rate"], tower["spec_size"]
-    longest, vectors = heard_samples(cfg, sampling_rate), []
+    longest, vectors = samples_to_read(cfg, sampling_rate), []
     for waveform in waveforms:
         features = clap_features(cfg, [resample(waveform[:longest], sampling_rate, rate)])
         x = to_tensor(cfg, stretch(features[:, 0], side * (side // tower["num_mel_bins"])))
@@ -698,6 +707,15 @@ def rank(cfg, embeds, audio, params):
     order = np.argsort(-scores, axis=1, kind="stable")
     first = np.arange(len(embeds))[:, None] * heard.shape[1]
     return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
+
+
+def interpolate(start, end, n):
+    """n unit vectors, float32 (n, d), along the great circle from `start` (d,) to `end` (d,) (Shoemake, 1985)."""
+    angle = math.acos(np.clip(np.dot(start, end), -1, 1))
+    if angle < 1e-4:  # one point
+        return np.tile(np.float32(start), (n, 1))
+    t = np.linspace(0, angle, n)[:, None]
+    return ((np.sin(angle - t) * start + np.sin(t) * end) / math.sin(angle)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- music in
@@ -770,11 +788,13 @@ def read_audio(cfg, audio, name="audio_prompt", seconds=None):
         try:
             with soundfile.SoundFile(audio) as file:
                 rate = file.samplerate
-                audio = file.read(seconds * rate if seconds else heard_samples(cfg, rate)), rate
+                audio = file.read(seconds * rate if seconds else samples_to_read(cfg, rate)), rate
         except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
-            raise InputError(f"{name}: cannot read {audio}: {checkpoints.one_line(error)}; valid: a file that "
-                             "soundfile reads, such as wav, flac, ogg or mp3") from None
-    waveform, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, cfg["vocoder"]["sampling_rate"])
+            problem = checkpoints.one_line(error) if os.path.exists(audio) else "there is no such file"
+            raise InputError(f"{name}: cannot read {audio}: {problem}; valid: a file that soundfile reads, such as "
+                             "wav, flac, ogg or mp3") from None
+    pair = isinstance(audio, (tuple, list)) and len(audio) == 2 and np.ndim(audio[0]) > 0
+    waveform, rate = audio if pair else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
         if waveform.shape[1] > max(1, len(waveform)):
             raise InputError(f"{name} has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
@@ -786,10 +806,10 @@ def read_audio(cfg, audio, name="audio_prompt", seconds=None):
 
 
 def read_init_audio(cfg, audio, sampling):
-    """(waveform np.float32 (samples,) at the vocoder's rate, or None if `audio` is; sampling without open ends).
+    """init_audio and what depends on it: (waveform np.float32 (samples,) at the vocoder's rate or None, sampling).
 
-    audio: as in `generate`; cut, or filled with silence, to audio_length_in_s
-    In the returned sampling, strength is a number, and so is audio_length_in_s: the length of what is computed at once.
+    audio: as in `generate`; cut to audio_length_in_s
+    The returned sampling has numbers for strength and audio_length_in_s, the length of what is computed at once.
     """
     length, repaint, extend = (sampling[name] for name in ("audio_length_in_s", "repaint", "extend"))
     if audio is None:
@@ -801,7 +821,11 @@ def read_init_audio(cfg, audio, sampling):
     waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
     if not waveform.any():
         raise InputError("init_audio is silent; valid: music")
-    waveform = resample(waveform, own_rate, rate).astype(np.float32)
+    heard = waveform[:math.ceil((longest if length is None else length) + 1) * own_rate]  # no more is worth resampling
+    waveform = resample(heard, own_rate, rate).astype(np.float32)
+    if length is not None and length > len(waveform) / rate:
+        raise InputError(f"audio_length_in_s is {length:g}, and init_audio has {len(waveform) / rate:g} s; valid: up "
+                         "to that; extend makes it longer")
     length = len(waveform) / rate if length is None else length
     length = checkpoints.checked_value("sampling.audio_length_in_s", length, None)
     strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
@@ -809,19 +833,19 @@ def read_init_audio(cfg, audio, sampling):
         raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
                          "steps, or more strength")
     if extend:
-        for name, apart in (("repaint", not repaint), ("loop", not sampling["loop"]), ("strength", strength == 1),
-                            ("output_type", sampling["output_type"] == "np")):
-            if not apart:
+        for name, clashes in (("repaint", repaint), ("loop", sampling["loop"]), ("strength", strength < 1),
+                              ("output_type", sampling["output_type"] != "np")):
+            if clashes:
                 raise InputError(f"{name} {shown(sampling[name])} stands beside extend; valid: one or the other")
         if length + abs(extend) > longest:
             raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
     samples, _ = clip_size(cfg, length, sampling["loop"])
-    made_anew(samples, rate, repaint, sampling["loop"])
+    share_of_new(samples, rate, repaint, sampling["loop"])  # refuses parts that cannot be
     waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
     return waveform, {**sampling, "audio_length_in_s": own_length(cfg) if extend else length, "strength": strength}
 
 
-def made_anew(samples, rate, parts, loop):
+def share_of_new(samples, rate, parts, loop):
     """The share of new music in each sample, np.float32 (samples,): 0 outside the parts, up to 1 inside.
 
     parts: [start, end] in seconds; none is the whole. In a loop, one whose end comes first goes on over the seam.
@@ -834,7 +858,7 @@ def made_anew(samples, rate, parts, loop):
         first, last = round(start * rate), round(end * rate)
         if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
             raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
-                             f"{samples / rate:g} s, the start first")
+                             f"{samples / rate:g} s, the start first, or in a loop across its seam, such as 6:1")
         place = np.arange(first, last if last > first else last + samples)
         up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
         down = np.ones(len(place)) if last == samples and not loop else (np.arange(len(place)) + 1)[::-1] / (ramp + 1)
@@ -851,22 +875,24 @@ def extended(cfg, call, embeds, params):
 
     It goes on by windows of the checkpoint's own length, from known music but for the part that is made. What is known
     is half a window at most, but for the fade at its end.
-    call, embeds, params: as in `generate`
+    call: `checked_call`'s; embeds as in `render`
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
     window, _ = clip_size(cfg, own_length(cfg))
-    ahead = slice(None, None, 1 if seconds > 0 else -1)  # below 0 all is done backwards
-    audio = np.repeat(call.original[None, ahead], len(call.seeds), axis=0)
+    evaluations = len(scheduler_timesteps(call.sampling["scheduler"], call.sampling["num_inference_steps"],
+                                          cfg["schedule"]))
+    in_time = slice(None, None, 1 if seconds > 0 else -1)  # before the start all is done backwards
+    audio = np.repeat(call.original[None, in_time], len(call.seeds), axis=0)
     wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
-        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, ahead]
+        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, in_time]
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
-        counted = call.callback and (lambda step, *more: call.callback(i * call.evaluations + step, *more))
+        counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))
         made = render(cfg, *draw(call, i), embeds, params, {**call.sampling, "repaint": [part]}, counted, known)
-        audio = np.concatenate((audio[:, :-context], made[:, ahead]), axis=1)
-    return audio[:, :wanted][:, ahead]
+        audio = np.concatenate((audio[:, :-context], made[:, in_time]), axis=1)
+    return audio[:, :wanted][:, in_time]
 
 
 def window_count(cfg, samples, seconds):
@@ -874,15 +900,6 @@ def window_count(cfg, samples, seconds):
     rate, (window, _) = cfg["vocoder"]["sampling_rate"], clip_size(cfg, own_length(cfg))
     more = round(abs(seconds) * rate) - (window - min(samples, window // 2))  # after the first of them
     return 1 + max(0, math.ceil(more / (window - window // 2)))
-
-
-def interpolate(start, end, n):
-    """n unit vectors, float32 (n, d), along the great circle from `start` (d,) to `end` (d,) (Shoemake, 1985)."""
-    angle = math.acos(np.clip(np.dot(start, end), -1, 1))
-    if angle < 1e-4:  # one point
-        return np.tile(np.float32(start), (n, 1))
-    t = np.linspace(0, angle, n)[:, None]
-    return ((np.sin(angle - t) * start + np.sin(t) * end) / math.sin(angle)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
@@ -964,6 +981,18 @@ def tokenize(cfg, prompts):
     return np.array(ids, np.int32), np.array(mask, np.int32)
 
 
+def text_inputs(cfg, ids, mask, length):
+    """What `clap_text` takes of `tokenize`'s (n, L), cut or padded to `length`: ids and positions np.int32 (n, length),
+    mask np.float32 (n, 1, 1, length)."""
+    pad = cfg["text_encoder"]["text_config"]["pad_token_id"]
+    ids, mask = (np.pad(x, ((0, 0), (0, max(0, length - x.shape[1]))))[:, :length] for x in (ids, mask))
+    ids = np.where(mask == 1, ids, pad).astype(np.int32)
+    # RoBERTa counts positions over what is not padding, from pad_token_id + 1
+    positions = np.cumsum(ids != pad, axis=1) * (ids != pad) + pad
+    mask = np.where(mask == 1, 0, -1e4).astype(np.float32)[:, None, None]  # exp() of -1e4 is 0 in float32
+    return ids, positions.astype(np.int32), mask
+
+
 def padded_length(cfg, tokens):
     """Up to a multiple of 16, so that there are few lengths to compile, and at most the text tower's positions."""
     text = cfg["text_encoder"]["text_config"]
@@ -988,11 +1017,11 @@ def make_room(cfg, model, *size):
 
 
 def prepared(cfg, params, as_tensor=Tensor.from_numpy):
-    """The UNet's parameters with its convolutions' weights as they are computed with, of 1.8 to 4 times the size.
+    """The UNet's parameters with its convolutions' weights as layers.convolution multiplies with them on a CPU.
 
-    What was prepared before stays as it is, and on another device than a CPU all does: Conv2D takes it. `generate` does
-    it in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params
-    takes none of these.
+    They take 1.8 to 4 times the memory. Prepared weights are returned as they are, and so are all on another device.
+    `generate` prepares them in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}.
+    weights.save_params takes none of these.
     as_tensor: makes a Tensor of each new array
     """
     if checkpoints.use_device(cfg) != "CPU":
@@ -1002,10 +1031,10 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     def prepare(name, x):
         if x.ndim < 4 or x.shape[2:] == (1, 1):
             return x
-        array = x.asnumpy()  # MindSpore's operators one by one would take seconds the first time
+        array = x.asnumpy()  # layers.fast_weight in NumPy: MindSpore would compile it for each shape
         if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
             array = layers.gathered_weight(array)
-        else:  # a large weight is for an image of few tiles
+        else:  # the largest weights are for the smallest images, which have few tiles of 4 by 4 outputs
             g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 20 else 2)
             array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
         return as_tensor(np.ascontiguousarray(array))
@@ -1067,9 +1096,10 @@ def own_length(cfg):
 
 
 def clip_size(cfg, seconds, loop=False):
-    """(samples, latent shape) of a clip: its frames are rounded up to what the VAE divides by, so none is missing.
+    """(samples, (channels, height, width) of the latents) of a clip, at the published sizes (163840, (8, 256, 16)).
 
-    A loop is rounded to what the UNet's coarsest level divides by, so that every level can repeat itself.
+    The height is rounded up, so that the latents cover every sample. A loop is rounded to what the UNet's coarsest
+    level divides by, so that every level can repeat itself.
     """
     samples, row = round(seconds * cfg["vocoder"]["sampling_rate"]), row_samples(cfg)
     height, width = math.ceil(samples / row), cfg["vocoder"]["model_in_dim"] // vae_factor(cfg)
@@ -1104,15 +1134,17 @@ def free_memory(cfg):
 def check_memory(cfg, shape, guided):
     """Refuse latents of a shape (n, 8, h, w) whose work would not fit: an OutOfMemory with an estimate.
 
-    The estimate rests on the peaks of 10 to 60 seconds at the published sizes on a CPU, and covers what lives at once
-    elsewhere (tests/test_ascend.py).
+    The estimate is of all weights, of the blocks that attention and convolutions work in, and of the outputs of the
+    finest layers, of the UNet's first two levels for all n or of the VAE's second for one. Its factors come from the
+    peaks of 10 to 60 seconds at the published sizes on a CPU, and cover what lives at once elsewhere
+    (tests/test_ascend.py).
     """
     n, _, h, w = shape
-    in_unet, in_vae = (cfg[model]["block_out_channels"] * 2 for model in ("unet", "vae"))
-    levels = len(cfg["vae"]["block_out_channels"])
-    count = 9 * layers.BLOCK + max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[1]),
-                            6 * h * w * 4 ** (levels - 1) * in_vae[1])
-    count += sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
+    in_unet, in_vae = cfg["unet"]["block_out_channels"], cfg["vae"]["block_out_channels"]
+    finest = max(12 * (2 if guided else 1) * n * h * w * (in_unet[0] + in_unet[:2][-1]),
+                 6 * h * w * vae_factor(cfg) ** 2 * in_vae[:2][-1])
+    weights = sum(math.prod(size) for sizes in checkpoints.param_shapes(cfg).values() for size in sizes.values())
+    count = weights + 9 * layers.BLOCK + finest
     free = free_memory(cfg)
     if 4 * count > free:
         raise checkpoints.OutOfMemory(
@@ -1134,9 +1166,9 @@ def take_seeds(seed, prompts, takes):
     return seeds
 
 
-def standard_normal(seeds, draw, size):
-    """The unit normal noise of one draw of a run, float32 (n, *size): each waveform's follows from its own seed."""
-    streams = [np.random.SeedSequence(seed, spawn_key=(draw,)) for seed in seeds]
+def standard_normal(seeds, number, size):
+    """The unit normal noise of a run's draw of a number, float32 (n, *size): each waveform's follows from its seed."""
+    streams = [np.random.SeedSequence(seed, spawn_key=(number,)) for seed in seeds]
     return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
 
 
@@ -1149,9 +1181,19 @@ def draw(call, window=0):
     return latents, later if call.noise is None else iter(call.noise)
 
 
-def checked_call(cfg, prompt=None, params=None, prompt_embeds=None, negative_prompt_embeds=None, audio_prompt=None,
-                 init_audio=None, latents=None, noise=None, callback=None, **options):
-    """`generate`'s arguments, all checked: a namespace of what follows from them."""
+def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negative_prompt_embeds=None, audio_prompt=None,
+                 init_audio=None, latents=None, noise=None, callback=None, at_once=math.inf, **options):
+    """`generate`'s arguments, all checked, as a namespace; for what cannot be, an InputError.
+
+    at_once: how many waveforms are to fit in memory, if not all
+    sampling (strength and audio_length_in_s are numbers), prompt_embeds, negative_prompt_embeds, latents, noise (arrays
+    or None), audio_prompt (waveform, rate) or None, original (samples,) or None, callback; guided: whether the UNet
+    runs twice; negative_prompts, one a prompt; seeds, one a waveform; size: the latents' (8, h, w)
+    """
+    models = [*checkpoints.MODELS]
+    for name, value, parts in (("cfg", cfg, ["sampling", *models]), ("params", params, models)):
+        if (name, value) != ("params", None) and not (isinstance(value, dict) and value.keys() >= {*parts}):
+            raise InputError(f"{name} is {shown(value)}; valid: a dict with {', '.join(parts)}")
     if prompt_embeds is not None:
         if prompt is not None or audio_prompt is not None:
             raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
@@ -1171,7 +1213,7 @@ def checked_call(cfg, prompt=None, params=None, prompt_embeds=None, negative_pro
     original, sampling = read_init_audio(cfg, init_audio, sampling)
     guided, (_, size) = sampling["guidance_scale"] > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     shape = (n * sampling["num_waveforms_per_prompt"], *size)
-    check_memory(cfg, shape, guided)
+    check_memory(cfg, (min(shape[0], at_once), *size), guided)
     if sampling["extend"] and not (latents is None and noise is None):
         raise InputError("latents or noise stand beside extend; valid: a seed")
     return types.SimpleNamespace(
@@ -1179,7 +1221,6 @@ def checked_call(cfg, prompt=None, params=None, prompt_embeds=None, negative_pro
         audio_prompt=audio_prompt, original=original, callback=callback, guided=guided,
         seeds=take_seeds(sampling["seed"], conditions, sampling["num_waveforms_per_prompt"]),
         negative_prompts=negative if isinstance(negative, (list, tuple)) else [negative or ""] * n,
-        evaluations=len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"])),
         latents=None if latents is None else checked_array("latents", latents, shape),
         noise=None if noise is None else checked_array("noise", noise, (sampling["num_inference_steps"], *shape)))
 
@@ -1188,7 +1229,7 @@ def checked_array(name, value, shape):
     """float32 (*shape), whose first length may be None for any."""
     try:
         array = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name} is not an array of numbers; valid: shape {shape}") from None
     if array.ndim != len(shape) or array.size == 0 or any(
             wanted not in (None, length) for wanted, length in zip(shape, array.shape)):
@@ -1223,6 +1264,8 @@ def checked_audio(audio, sampling_rate):
                              "(samples,) or (n, samples), or a list of 1-D arrays")
         if not np.isfinite(x).all():
             raise InputError("audio holds NaN or Inf; valid: finite numbers")
+        if np.abs(x).max() > 10:  # as integers converted to floats do
+            raise InputError(f"audio reaches {np.abs(x).max():g}; valid: samples in [-1, 1]")
     return arrays
 
 
@@ -1237,6 +1280,8 @@ def checked_prompts(prompt):
                              f"{sys.getfilesystemencoding()}; valid: a UTF-8 locale, such as LC_ALL=C.UTF-8")
         if re.search("[\ud800-\udfff]", text):
             raise InputError(f"prompt {shown(text)} holds half a surrogate pair; valid: Unicode text")
+        if len(text) > 10000:  # byte pairs take the square of it, and the text tower 512 tokens
+            raise InputError(f"prompt {shown(text)} has {len(text)} characters; valid: up to 10000")
     return list(prompts)
 
 
@@ -1374,16 +1419,18 @@ def read_prompts(args):
 
 
 SHORTCUTS = {
-    "--seconds": ("sampling.audio_length_in_s", "S", "length, 0.04 to 600 (default the checkpoint's own, or that of "
-                                                     "--init-audio)"),
+    "--seconds": ("sampling.audio_length_in_s", "S", "length, 0.04 to 600 (default the checkpoint's own), or how much "
+                                                     "of --init-audio is taken"),
     "--steps": ("sampling.num_inference_steps", "N", "UNet evaluations, 1 to 999: more are slower and better"),
     "--scheduler": ("sampling.scheduler", "NAME", "ddim, dpm, pndm, lms, heun, euler or euler_ancestral"),
-    "--guidance": ("sampling.guidance_scale", "G", "how much the prompt leads; up to 1 not at all, in half the time"),
+    "--guidance": ("sampling.guidance_scale", "G", "how much the prompt leads, 1 to 5 as a rule; up to 1 there is no "
+                                                   "guidance, in half the time"),
     "--eta": ("sampling.eta", "E", "fresh noise in each step of ddim, 0 to 1"),
     "--seed": ("sampling.seed", "N", "0 or more, or random: the same seed gives the same music"),
-    "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, the one most like it first"),
+    "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, from the most like it (by CLAP's "
+                                                              "score, up to 1) to the least"),
     "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
-    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, up to 1 (default 0.5)"),
+    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5)"),
     "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
     "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
     "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),
@@ -1393,6 +1440,7 @@ examples:
   a quick draft            python musicldm.py --prompt "slow sad piano" --scheduler dpm --steps 25
   the best of four takes   python musicldm.py --prompt "slow sad piano" --waveforms 4 --seed random
   four seconds made anew   python musicldm.py --prompt "slow sad piano" --init-audio song.wav --repaint 4:8
+  a song of 10 s as a loop python musicldm.py --prompt "slow sad piano" --init-audio song.wav --loop --repaint 9:1
 """
 
 
@@ -1426,13 +1474,15 @@ def parse_arguments(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to play; may be repeated")
-    parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; files are named by line and seed")
+    parser.add_argument("--prompts-file", metavar="FILE", help="a prompt on each line that is not blank; files are "
+                        "named by line and seed")
     parser.add_argument("--negative-prompt", action="append", metavar="TEXT",
                         help="what to steer away from; repeated, one for each prompt")
-    parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts")
-    parser.add_argument("--init-audio", metavar="FILE", help="music to start from")
+    parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts: "
+                        "nothing of it is kept")
+    parser.add_argument("--init-audio", metavar="FILE", help="music to change, under a prompt")
     parser.add_argument("--repaint", type=part, action="append", default=[], metavar="START:END",
-                        help="seconds of it to make anew; may be repeated")
+                        help="seconds of it to make anew; may be repeated, and cross a loop's seam")
     parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
     defaults = checkpoints.read_yaml(DEFAULT_CONFIG)
     for flag, (key, metavar, text) in SHORTCUTS.items():
@@ -1451,10 +1501,15 @@ def parse_arguments(argv):
                         "file is there, a number is added (default musicldm.wav)")
     parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram")
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once (default 1)")
-    parser.add_argument("--resume", action="store_true", help="skip what is written already")
+    parser.add_argument("--resume", action="store_true", help="skip files that are there, whatever made them")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
-    args, repeated = parser.parse_args(argv), ("--prompt", "--negative-prompt", "--repaint", "--set",
-                                               "--resume", "--quiet")
+    args, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith("-"):
+        raise checkpoints.unknown("option", rest[0].partition("=")[0], re.findall("--[a-z-]+", parser.format_usage()))
+    if rest:
+        raise InputError(f"{shown(' '.join(rest))} belongs to no option; valid: a prompt in quotes, such as --prompt "
+                         '"slow sad piano"')
+    repeated = ("--prompt", "--negative-prompt", "--repaint", "--set", "--resume", "--quiet")
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for name, times in collections.Counter(given + [text.partition("=")[0].strip() for text in args.set]).items():
         if times > 1 and name not in repeated:
@@ -1510,27 +1565,25 @@ def kept_graphs(plan, device="CPU"):
 
 
 def planned(args):
-    """Everything that a run needs to know before it loads any weights, all checked: a namespace."""
+    """Everything that a run needs to know before it loads any weights, all checked: `checked_call`'s and more."""
     prompts = read_prompts(args)
     cfg = load_config(args.config, args.weights, args.set, args.quiet)
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
     away = args.negative_prompt  # None, one for all prompts, or a list of one for each
     options = {} if away is None else {"negative_prompt": away[0] if len(away) == 1 else away}
-    sampling = checked_options(cfg, options, n)
-    takes, negative = sampling["num_waveforms_per_prompt"], sampling["negative_prompt"] or ""
+    call = checked_call(cfg, [f"way {i}" for i in range(n)] if args.interpolate else texts, at_once=args.batch,
+                        audio_prompt=args.audio_prompt, init_audio=args.init_audio, **options)
+    sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
     if args.interpolate and (len(args.prompt), takes) != (2, 1):
         raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; "
                          "valid: twice and 1")
-    audio_prompt = None if args.audio_prompt is None else read_audio(cfg, args.audio_prompt)
-    original, sampling = read_init_audio(cfg, args.init_audio, sampling)
-    samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
+    samples, _ = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     if sampling["extend"]:
-        samples = len(original) + round(abs(sampling["extend"]) * cfg["vocoder"]["sampling_rate"])
-    seeds = take_seeds(sampling["seed"], range(n) if args.interpolate else texts, takes)
+        samples = len(call.original) + round(abs(sampling["extend"]) * cfg["vocoder"]["sampling_rate"])
     if args.prompts_file:
-        names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), seeds)]
+        names = [f"_{number:05d}_seed{seed}" for number, seed in zip(np.repeat(list(prompts), takes), call.seeds)]
     else:
         names = [(f"_{row // takes + 1}" if n > 1 else "") + (f"_{row % takes + 1}" if takes > 1 else "")
                  for row in range(n * takes)]
@@ -1541,8 +1594,6 @@ def planned(args):
     check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
     if pictures:
         check_output("--spectrogram", pictures, (".png",), 1)
-    guided = sampling["guidance_scale"] > 1
-    check_memory(cfg, (min(args.batch, n * takes), *size), guided)
 
     together = max(1, args.batch // takes)
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
@@ -1554,12 +1605,9 @@ def planned(args):
     missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
                        if not (args.resume and path.exists())] for group in groups}
     return types.SimpleNamespace(
-        cfg=cfg, sampling=sampling, texts=texts, prompted=bool(prompts), audio_prompt=audio_prompt, original=original,
-        seeds=seeds,
+        **vars(call), cfg=cfg, texts=texts, prompted=bool(prompts), samples=samples, batch=args.batch,
         paths=paths, pictures=pictures, missing={group: files for group, files in missing.items() if files},
-        samples=samples, size=size, guided=guided, batch=args.batch, interpolated=args.interpolate,
-        named_by_seed=args.prompts_file is not None,
-        negatives=negative if isinstance(negative, list) else [negative] * n)
+        interpolated=args.interpolate, named_by_seed=args.prompts_file is not None)
 
 
 def what_graphs_follow_from(plan):
@@ -1567,7 +1615,7 @@ def what_graphs_follow_from(plan):
     cfg, sampling, texts = plan.cfg, plan.sampling, [*plan.texts] if plan.interpolated else []
     for group in plan.missing:
         texts += [] if plan.interpolated else plan.texts[group.start:group.stop]
-        texts += plan.negatives[group.start:group.stop] if plan.guided else []
+        texts += plan.negative_prompts[group.start:group.stop] if plan.guided else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will warn
         lengths = [padded_length(cfg, int(mask.sum())) for mask in tokenize(cfg, texts)[1]]
@@ -1596,7 +1644,7 @@ def produce(plan, params, quiet):
         here, rows = slice(group.start, group.stop), range(group.start * takes, group.stop * takes)
         toward = way[here] if plan.interpolated else prompt_vectors(
             cfg, plan.texts[here] if plan.prompted else None, params, heard, weight)
-        away = encode_prompt(cfg, plan.negatives[here], params) if plan.guided else None
+        away = encode_prompt(cfg, plan.negative_prompts[here], params) if plan.guided else None
         audio = []
         for first in range(0, len(rows), plan.batch):
             some = rows[first:first + plan.batch]
@@ -1660,7 +1708,7 @@ def run(argv, keep_graphs):
                 written += len(lines)
     took = time.perf_counter() - start
     say(f"{took:.1f} s in all, " + (f"{took / (written * seconds):.2f} s for each second of audio" if written else
-                                    "nothing left to do"))
+                                    "nothing left to do: --resume keeps files that are there, whatever made them"))
 
 
 def main(argv=None, keep_graphs=False):
@@ -1691,4 +1739,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that was interrupted
     os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "1")  # "0" keeps no graphs
+    gc.freeze()  # or collections would go through MindSpore's modules again and again while it compiles
     sys.exit(main(keep_graphs=os.environ["MS_COMPILER_CACHE_ENABLE"] == "1"))

@@ -50,12 +50,12 @@ CLASSES = {"text_encoder": ("transformers", "ClapModel"), "tokenizer": ("transfo
            "feature_extractor": ("transformers", "ClapFeatureExtractor"),
            "unet": ("diffusers", "UNet2DConditionModel"), "scheduler": ("diffusers", "DDIMScheduler"),
            "vae": ("diffusers", "AutoencoderKL"), "vocoder": ("transformers", "SpeechT5HifiGan")}
-SCHEDULERS = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm", "PNDMScheduler": "pndm",
+SCHEDULER_NAMES = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm", "PNDMScheduler": "pndm",
               "LMSDiscreteScheduler": "lms", "HeunDiscreteScheduler": "heun", "EulerDiscreteScheduler": "euler",
               "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
-# What those classes take a key for that a file leaves out, where that is neither the published value (config.yaml) nor
-# the implemented one: their __init__ in diffusers 0.33.1 and transformers 4.57.1.
+# Those classes' own defaults (__init__ in diffusers 0.33.1 and transformers 4.57.1) of keys that a file may leave out,
+# where the default is neither the published value (config.yaml) nor the implemented one.
 DEFAULTS = {
     "text_encoder.audio_config": {"patch_embeds_hidden_size": 96, "hidden_size": 768, "depths": [2, 2, 6, 2]},
     "feature_extractor": {"frequency_min": 0, "max_length_s": 10, "truncation": "fusion"},
@@ -69,10 +69,10 @@ DEFAULTS = {
                 "upsample_kernel_sizes": [8, 8, 8, 8], "normalize_before": True},
 }
 DEFAULTS |= {kind: {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "set_alpha_to_one": True,
-                    "steps_offset": 0, "timestep_spacing": "linspace", **own} for kind, own in {
-    **dict.fromkeys(SCHEDULERS, {}), "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
-    "PNDMScheduler": {"skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}.items()}
+                    "steps_offset": 0, "timestep_spacing": "linspace"} for kind in SCHEDULER_NAMES}
+DEFAULTS["DDIMScheduler"] |= {"clip_sample": True, "timestep_spacing": "leading"}
+DEFAULTS["PNDMScheduler"] |= {"skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+DEFAULTS["HeunDiscreteScheduler"] |= {"beta_start": 0.00085, "beta_end": 0.012}
 
 # What the code implements where upstream offers a choice; a checkpoint that says otherwise is refused.
 IMPLEMENTED = {
@@ -96,18 +96,17 @@ IMPLEMENTED = {
     "feature_extractor": {"feature_extractor_type": CLASSES["feature_extractor"][1], "padding": "repeatpad",
                           "truncation": "rand_trunc", "top_db": None},
 }
-SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 IMPLEMENTED |= {kind: {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
                        "clip_sample": False, "thresholding": False, "trained_betas": None,
-                       "rescale_betas_zero_snr": False, **own} for kind, own in {
-    **dict.fromkeys(SCHEDULERS, {}), "PNDMScheduler": {"skip_prk_steps": True}, "LMSDiscreteScheduler": SIGMAS,
-    "HeunDiscreteScheduler": SIGMAS,
-    "EulerDiscreteScheduler": {**SIGMAS, "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
-                               "timestep_type": "discrete", "final_sigmas_type": "zero"},
-    "DPMSolverMultistepScheduler": {**SIGMAS, "algorithm_type": "dpmsolver++", "solver_order": 2,
-                                    "solver_type": "midpoint", "final_sigmas_type": "zero", "variance_type": None,
-                                    "lambda_min_clipped": -math.inf, "use_lu_lambdas": False,
-                                    "use_flow_sigmas": False}}.items()}
+                       "rescale_betas_zero_snr": False} for kind in SCHEDULER_NAMES}
+IMPLEMENTED["PNDMScheduler"] |= {"skip_prk_steps": True}
+for kind in ("LMSDiscreteScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+    IMPLEMENTED[kind] |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+IMPLEMENTED["EulerDiscreteScheduler"] |= {"interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
+                                          "timestep_type": "discrete", "final_sigmas_type": "zero"}
+IMPLEMENTED["DPMSolverMultistepScheduler"] |= {
+    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero",
+    "variance_type": None, "lambda_min_clipped": -math.inf, "use_lu_lambdas": False, "use_flow_sigmas": False}
 
 # The same of a tokenizer's settings, and of tokenizer.json, where a falsy value is as good as another.
 TOKENIZER = {"add_prefix_space": False, "split_special_tokens": False, "do_lower_case": False, "padding_side": "right",
@@ -145,7 +144,7 @@ def find_weights(weights, quiet=False):
         return weights
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
         raise InputError(f"weights: no folder {shown(weights)}; valid: a folder in diffusers' layout, a hub id "
-                         f"such as ucsd-reach/musicldm, or {RANDOM!r}")
+                         f"such as ucsd-reach/musicldm, {DEMO!r} or {RANDOM!r}")
     files = ["model_index.json", *CONFIG_FILES.values(), *TOKENIZER_FILES]
     whole, halves = ({model: [f"{model}/{name}{ending}" for ending in endings] for model, name in MODELS.items()}
                      for endings in ((".safetensors", "-*.safetensors", ".safetensors.index.json"),
@@ -224,7 +223,7 @@ def check_index(folder):
     if kind != "MusicLDMPipeline":
         raise InputError(f"weights: {path} is of {kind!r}; valid: a MusicLDMPipeline, such as ucsd-reach/musicldm")
     for name, (library, wanted) in CLASSES.items():
-        others = {"tokenizer": ["RobertaTokenizerFast"], "scheduler": SCHEDULERS}.get(name, [])
+        others = {"tokenizer": ["RobertaTokenizerFast"], "scheduler": SCHEDULER_NAMES}.get(name, [])
         stated = index.get(name, [library, wanted])
         if stated not in [[library, kind] for kind in (wanted, *others)]:
             raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {library}'s "
@@ -247,8 +246,8 @@ def read_config_files(folder):
     files = {section: read_json(path) for section, path in paths.items()}
     path, stated = paths["schedule"], files["schedule"]
     scheduler = scheduler or (isinstance(stated, dict) and stated.get("_class_name")) or CLASSES["scheduler"][1]
-    if scheduler not in SCHEDULERS:
-        raise InputError(f"weights: {path}: _class_name is {scheduler!r}; implemented: {', '.join(SCHEDULERS)}")
+    if scheduler not in SCHEDULER_NAMES:
+        raise InputError(f"weights: {path}: _class_name is {scheduler!r}; implemented: {', '.join(SCHEDULER_NAMES)}")
     files = {section: with_defaults(section if section != "schedule" else scheduler, stated, paths[section])
              for section, stated in files.items()}
     return {**files, "schedule": {**files["schedule"], "_class_name": scheduler}}
@@ -369,7 +368,7 @@ CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "flo
            "sampling.output_type": ("np", "mel", "latent")}
 OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
-          "sampling.guidance_scale": (0, math.inf), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
+          "sampling.guidance_scale": (0, 1000), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
           "sampling.audio_prompt_weight": (0, 1), "sampling.strength": (0.001, 1)}
 
@@ -407,7 +406,7 @@ def checked_value(name, value, default):
         ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "sampling.repaint":
         valid = "a list of parts, each [start, end] in seconds"
-        ok = not value or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
+        ok = value is None or value == [] or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
     elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
@@ -415,7 +414,7 @@ def checked_value(name, value, default):
     else:
         kind = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
         valid, ok = f"{kind[type(default)]}, such as {default!r}", fits(value, default)
-    choices = tuple(SCHEDULERS.values()) if name == "sampling.scheduler" else CHOICES.get(name)
+    choices = tuple(SCHEDULER_NAMES.values()) if name == "sampling.scheduler" else CHOICES.get(name)
     if ok and choices:
         valid, ok = ", ".join(choices), value in choices
     if ok and name in RANGES:
@@ -493,7 +492,7 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
         cfg = {**cfg, **merged({section: published[section] for section in stated},
                                {section: known_part(stated[section], published[section]) for section in stated})}
         if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
-            name = SCHEDULERS[stated["schedule"]["_class_name"]]
+            name = SCHEDULER_NAMES[stated["schedule"]["_class_name"]]
             cfg["sampling"] = {**cfg["sampling"], "scheduler": name}
     cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
     check_architecture(cfg)
@@ -629,11 +628,7 @@ def tokenizer_files(cfg, vocabulary):
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
-
-def under(prefix, *groups):
-    """{name: shape} of several groups, below a prefix."""
-    return {f"{prefix}.{name}": shape for group in groups for name, shape in group.items()}
-
+# Of each layer and model, under the checkpoint's own names: nested dicts of {"weight": shape, "bias": shape}.
 
 def linear_shapes(i, o, bias=True):
     return {"weight": (o, i), "bias": (o,)} if bias else {"weight": (o, i)}
@@ -648,24 +643,22 @@ def norm_shapes(c):
 
 
 def resnet_shapes(i, o, time_embedding=None):
-    return {**under("norm1", norm_shapes(i)), **under("conv1", conv_shapes(i, o, 3, 3)),
-            **(under("time_emb_proj", linear_shapes(time_embedding, o)) if time_embedding else {}),
-            **under("norm2", norm_shapes(o)), **under("conv2", conv_shapes(o, o, 3, 3)),
-            **(under("conv_shortcut", conv_shapes(i, o, 1, 1)) if i != o else {})}
+    return {"norm1": norm_shapes(i), "conv1": conv_shapes(i, o, 3, 3),
+            **({"time_emb_proj": linear_shapes(time_embedding, o)} if time_embedding else {}),
+            "norm2": norm_shapes(o), "conv2": conv_shapes(o, o, 3, 3),
+            **({"conv_shortcut": conv_shapes(i, o, 1, 1)} if i != o else {})}
 
 
 def attention_shapes(c, bias):
-    return {**under("to_q", linear_shapes(c, c, bias)), **under("to_k", linear_shapes(c, c, bias)),
-            **under("to_v", linear_shapes(c, c, bias)), **under("to_out.0", linear_shapes(c, c))}
+    return {**{name: linear_shapes(c, c, bias) for name in ("to_q", "to_k", "to_v")}, "to_out.0": linear_shapes(c, c)}
 
 
 def spatial_transformer_shapes(c):
-    block = {**under("norm1", norm_shapes(c)), **under("attn1", attention_shapes(c, bias=False)),
-             **under("norm2", norm_shapes(c)), **under("attn2", attention_shapes(c, bias=False)),
-             **under("norm3", norm_shapes(c)), **under("ff.net.0.proj", linear_shapes(c, 8 * c)),
-             **under("ff.net.2", linear_shapes(4 * c, c))}
-    return {**under("norm", norm_shapes(c)), **under("proj_in", conv_shapes(c, c, 1, 1)),
-            **under("transformer_blocks.0", block), **under("proj_out", conv_shapes(c, c, 1, 1))}
+    block = {"norm1": norm_shapes(c), "attn1": attention_shapes(c, bias=False),
+             "norm2": norm_shapes(c), "attn2": attention_shapes(c, bias=False),
+             "norm3": norm_shapes(c), "ff": {"net.0.proj": linear_shapes(c, 8 * c), "net.2": linear_shapes(4 * c, c)}}
+    return {"norm": norm_shapes(c), "proj_in": conv_shapes(c, c, 1, 1), "transformer_blocks.0": block,
+            "proj_out": conv_shapes(c, c, 1, 1)}
 
 
 def unet_shapes(cfg):
@@ -673,133 +666,123 @@ def unet_shapes(cfg):
     first, last, deepest = channels[0], len(channels) - 1, channels[-1]
     time_dim = 4 * first
     embedding = 2 * time_dim  # class_embeddings_concat: the time embedding and the projected CLAP vector
-    shapes = {**under("time_embedding.linear_1", linear_shapes(first, time_dim)),
-              **under("time_embedding.linear_2", linear_shapes(time_dim, time_dim)),
-              **under("class_embedding", linear_shapes(cfg["projection_class_embeddings_input_dim"], time_dim)),
-              **under("conv_in", conv_shapes(cfg["in_channels"], first, 3, 3))}
+    shapes = {"time_embedding": {"linear_1": linear_shapes(first, time_dim),
+                                 "linear_2": linear_shapes(time_dim, time_dim)},
+              "class_embedding": linear_shapes(cfg["projection_class_embeddings_input_dim"], time_dim),
+              "conv_in": conv_shapes(cfg["in_channels"], first, 3, 3)}
     c, skips = first, [first]
     for i, (o, kind) in enumerate(zip(channels, cfg["down_block_types"])):
         for j in range(layers):
-            shapes |= under(f"down_blocks.{i}.resnets.{j}", resnet_shapes(c, o, embedding))
+            shapes[f"down_blocks.{i}.resnets.{j}"] = resnet_shapes(c, o, embedding)
             if kind.startswith("CrossAttn"):
-                shapes |= under(f"down_blocks.{i}.attentions.{j}", spatial_transformer_shapes(o))
+                shapes[f"down_blocks.{i}.attentions.{j}"] = spatial_transformer_shapes(o)
             c = o
             skips.append(c)
         if i < last:
-            shapes |= under(f"down_blocks.{i}.downsamplers.0.conv", conv_shapes(c, c, 3, 3))
+            shapes[f"down_blocks.{i}.downsamplers.0.conv"] = conv_shapes(c, c, 3, 3)
             skips.append(c)
-    shapes |= under("mid_block.resnets.0", resnet_shapes(deepest, deepest, embedding))
-    shapes |= under("mid_block.attentions.0", spatial_transformer_shapes(deepest))
-    shapes |= under("mid_block.resnets.1", resnet_shapes(deepest, deepest, embedding))
+    shapes["mid_block"] = {"resnets.0": resnet_shapes(deepest, deepest, embedding),
+                           "attentions.0": spatial_transformer_shapes(deepest),
+                           "resnets.1": resnet_shapes(deepest, deepest, embedding)}
     for i, (o, kind) in enumerate(zip(reversed(channels), cfg["up_block_types"])):
         for j in range(layers + 1):
-            shapes |= under(f"up_blocks.{i}.resnets.{j}", resnet_shapes(c + skips.pop(), o, embedding))
+            shapes[f"up_blocks.{i}.resnets.{j}"] = resnet_shapes(c + skips.pop(), o, embedding)
             if kind.startswith("CrossAttn"):
-                shapes |= under(f"up_blocks.{i}.attentions.{j}", spatial_transformer_shapes(o))
+                shapes[f"up_blocks.{i}.attentions.{j}"] = spatial_transformer_shapes(o)
             c = o
         if i < last:
-            shapes |= under(f"up_blocks.{i}.upsamplers.0.conv", conv_shapes(c, c, 3, 3))
-    return {**shapes, **under("conv_norm_out", norm_shapes(c)),
-            **under("conv_out", conv_shapes(c, cfg["out_channels"], 3, 3))}
+            shapes[f"up_blocks.{i}.upsamplers.0.conv"] = conv_shapes(c, c, 3, 3)
+    return {**shapes, "conv_norm_out": norm_shapes(c), "conv_out": conv_shapes(c, cfg["out_channels"], 3, 3)}
 
 
 def vae_shapes(cfg):
     channels, layers, latent = cfg["block_out_channels"], cfg["layers_per_block"], cfg["latent_channels"]
-    last, deepest = len(channels) - 1, channels[-1]
-    mid = {**under("mid_block.resnets.0", resnet_shapes(deepest, deepest)),
-           **under("mid_block.attentions.0.group_norm", norm_shapes(deepest)),
-           **under("mid_block.attentions.0", attention_shapes(deepest, bias=True)),
-           **under("mid_block.resnets.1", resnet_shapes(deepest, deepest))}
-    c = channels[0]
-    encoder = {**under("conv_in", conv_shapes(cfg["in_channels"], c, 3, 3)), **mid,
-               **under("conv_norm_out", norm_shapes(deepest)),
-               **under("conv_out", conv_shapes(deepest, 2 * latent, 3, 3))}
-    for i, o in enumerate(channels):
-        for j in range(layers):
-            encoder |= under(f"down_blocks.{i}.resnets.{j}", resnet_shapes(c, o))
-            c = o
-        if i < last:
-            encoder |= under(f"down_blocks.{i}.downsamplers.0.conv", conv_shapes(c, c, 3, 3))
-    decoder = {**under("conv_in", conv_shapes(latent, deepest, 3, 3)), **mid,
-               **under("conv_norm_out", norm_shapes(channels[0])),
-               **under("conv_out", conv_shapes(channels[0], cfg["out_channels"], 3, 3))}
-    for i, o in enumerate(reversed(channels)):
-        for j in range(layers + 1):
-            decoder |= under(f"up_blocks.{i}.resnets.{j}", resnet_shapes(c, o))
-            c = o
-        if i < last:
-            decoder |= under(f"up_blocks.{i}.upsamplers.0.conv", conv_shapes(c, c, 3, 3))
-    return {**under("encoder", encoder), **under("quant_conv", conv_shapes(2 * latent, 2 * latent, 1, 1)),
-            **under("post_quant_conv", conv_shapes(latent, latent, 1, 1)), **under("decoder", decoder)}
+    deepest = channels[-1]
+    mid = {"resnets.0": resnet_shapes(deepest, deepest),
+           "attentions.0": {"group_norm": norm_shapes(deepest), **attention_shapes(deepest, bias=True)},
+           "resnets.1": resnet_shapes(deepest, deepest)}
+
+    def half(i, o, channels, layers, levels, sampler):
+        """The encoder or the decoder, whose channels go from the first level on."""
+        shapes = {"conv_in": conv_shapes(i, channels[0], 3, 3), "mid_block": mid,
+                  "conv_norm_out": norm_shapes(channels[-1]), "conv_out": conv_shapes(channels[-1], o, 3, 3)}
+        for level, (before, c) in enumerate(zip([channels[0], *channels], channels)):
+            for j in range(layers):
+                shapes[f"{levels}.{level}.resnets.{j}"] = resnet_shapes(c if j else before, c)
+            if level < len(channels) - 1:
+                shapes[f"{levels}.{level}.{sampler}.0.conv"] = conv_shapes(c, c, 3, 3)
+        return shapes
+
+    return {"encoder": half(cfg["in_channels"], 2 * latent, channels, layers, "down_blocks", "downsamplers"),
+            "quant_conv": conv_shapes(2 * latent, 2 * latent, 1, 1),
+            "post_quant_conv": conv_shapes(latent, latent, 1, 1),
+            "decoder": half(latent, cfg["out_channels"], channels[::-1], layers + 1, "up_blocks", "upsamplers")}
+
+
+def bert_attention_shapes(c):
+    return {"self": {name: linear_shapes(c, c) for name in ("query", "key", "value")},
+            "output.dense": linear_shapes(c, c)}
 
 
 def clap_text_shapes(cfg):
     c, wide = cfg["hidden_size"], cfg["intermediate_size"]
-    layer = {**under("attention.self.query", linear_shapes(c, c)), **under("attention.self.key", linear_shapes(c, c)),
-             **under("attention.self.value", linear_shapes(c, c)),
-             **under("attention.output.dense", linear_shapes(c, c)),
-             **under("attention.output.LayerNorm", norm_shapes(c)),
-             **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c)),
-             **under("output.LayerNorm", norm_shapes(c))}
-    return {"embeddings.word_embeddings.weight": (cfg["vocab_size"], c),
-            "embeddings.position_embeddings.weight": (cfg["max_position_embeddings"], c),
-            "embeddings.token_type_embeddings.weight": (cfg["type_vocab_size"], c),
-            **under("embeddings.LayerNorm", norm_shapes(c)), **under("pooler.dense", linear_shapes(c, c)),
-            **{name: shape for i in range(cfg["num_hidden_layers"])
-               for name, shape in under(f"encoder.layer.{i}", layer).items()}}
+    layer = {"attention": {**bert_attention_shapes(c), "output.LayerNorm": norm_shapes(c)},
+             "intermediate.dense": linear_shapes(c, wide), "output.dense": linear_shapes(wide, c),
+             "output.LayerNorm": norm_shapes(c)}
+    return {"embeddings": {"word_embeddings.weight": (cfg["vocab_size"], c),
+                           "position_embeddings.weight": (cfg["max_position_embeddings"], c),
+                           "token_type_embeddings.weight": (cfg["type_vocab_size"], c), "LayerNorm": norm_shapes(c)},
+            "pooler.dense": linear_shapes(c, c),
+            "encoder": {f"layer.{i}": layer for i in range(cfg["num_hidden_layers"])}}
 
 
 def clap_audio_shapes(cfg):
-    c, mels = cfg["patch_embeds_hidden_size"], cfg["num_mel_bins"]
-    shapes = {**under("patch_embed.proj", conv_shapes(1, c, cfg["patch_size"], cfg["patch_size"])),
-              **under("patch_embed.norm", norm_shapes(c)), **under("batch_norm", norm_shapes(mels)),
-              "batch_norm.running_mean": (mels,), "batch_norm.running_var": (mels,)}
+    c, mels, last = cfg["patch_embeds_hidden_size"], cfg["num_mel_bins"], len(cfg["depths"]) - 1
+    shapes = {"patch_embed": {"proj": conv_shapes(1, c, cfg["patch_size"], cfg["patch_size"]), "norm": norm_shapes(c)},
+              "batch_norm": {**norm_shapes(mels), "running_mean": (mels,), "running_var": (mels,)}}
     for i, (depth, heads) in enumerate(zip(cfg["depths"], cfg["num_attention_heads"])):
         wide = int(cfg["mlp_ratio"] * c)
-        block = {**under("layernorm_before", norm_shapes(c)), **under("layernorm_after", norm_shapes(c)),
+        block = {"layernorm_before": norm_shapes(c), "layernorm_after": norm_shapes(c),
                  "attention.self.relative_position_bias_table": ((2 * cfg["window_size"] - 1) ** 2, heads),
-                 **under("attention.self.query", linear_shapes(c, c)),
-                 **under("attention.self.key", linear_shapes(c, c)),
-                 **under("attention.self.value", linear_shapes(c, c)),
-                 **under("attention.output.dense", linear_shapes(c, c)),
-                 **under("intermediate.dense", linear_shapes(c, wide)), **under("output.dense", linear_shapes(wide, c))}
-        for j in range(depth):
-            shapes |= under(f"layers.{i}.blocks.{j}", block)
-        if i < len(cfg["depths"]) - 1:
-            shapes |= under(f"layers.{i}.downsample.norm", norm_shapes(4 * c))
-            shapes |= under(f"layers.{i}.downsample.reduction", linear_shapes(4 * c, 2 * c, bias=False))
+                 "attention": bert_attention_shapes(c), "intermediate.dense": linear_shapes(c, wide),
+                 "output.dense": linear_shapes(wide, c)}
+        shapes |= {f"layers.{i}.blocks.{j}": block for j in range(depth)}
+        if i < last:
+            shapes[f"layers.{i}.downsample"] = {"norm": norm_shapes(4 * c),
+                                                "reduction": linear_shapes(4 * c, 2 * c, bias=False)}
             c *= 2
-    return shapes | under("norm", norm_shapes(c))
+    return {**shapes, "norm": norm_shapes(c)}
 
 
 def clap_shapes(cfg):
     text, audio, out = cfg["text_config"], cfg["audio_config"], cfg["projection_dim"]
-    return {"logit_scale_a": (), "logit_scale_t": (), **under("text_model", clap_text_shapes(text)),
-            **under("text_projection.linear1", linear_shapes(text["hidden_size"], out)),
-            **under("text_projection.linear2", linear_shapes(out, out)),
-            **under("audio_model.audio_encoder", clap_audio_shapes(audio)),
-            **under("audio_projection.linear1", linear_shapes(audio["hidden_size"], out)),
-            **under("audio_projection.linear2", linear_shapes(out, out))}
+
+    def projection(i):
+        return {"linear1": linear_shapes(i, out), "linear2": linear_shapes(out, out)}
+
+    return {"logit_scale_a": (), "logit_scale_t": (), "text_model": clap_text_shapes(text),
+            "text_projection": projection(text["hidden_size"]),
+            "audio_model.audio_encoder": clap_audio_shapes(audio), "audio_projection": projection(audio["hidden_size"])}
 
 
 def vocoder_shapes(cfg):
     mels, c = cfg["model_in_dim"], cfg["upsample_initial_channel"]
-    shapes = {"mean": (mels,), "scale": (mels,), **under("conv_pre", conv_shapes(mels, c, 7))}
+    shapes = {"mean": (mels,), "scale": (mels,), "conv_pre": conv_shapes(mels, c, 7)}
     kernels = cfg["resblock_kernel_sizes"]
     for i, kernel in enumerate(cfg["upsample_kernel_sizes"]):
-        shapes |= under(f"upsampler.{i}", {"weight": (c, c // 2, kernel), "bias": (c // 2,)})
+        shapes[f"upsampler.{i}"] = {"weight": (c, c // 2, kernel), "bias": (c // 2,)}
         c //= 2
         for j, (size, dilations) in enumerate(zip(kernels, cfg["resblock_dilation_sizes"])):
             for k in range(len(dilations)):
-                shapes |= under(f"resblocks.{i * len(kernels) + j}.convs1.{k}", conv_shapes(c, c, size))
-                shapes |= under(f"resblocks.{i * len(kernels) + j}.convs2.{k}", conv_shapes(c, c, size))
-    return shapes | under("conv_post", conv_shapes(c, 1, 7))
+                for name in ("convs1", "convs2"):
+                    shapes[f"resblocks.{i * len(kernels) + j}.{name}.{k}"] = conv_shapes(c, c, size)
+    return {**shapes, "conv_post": conv_shapes(c, 1, 7)}
 
 
 def param_shapes(cfg):
     """{model: {tensor name: shape}} of everything a checkpoint of this configuration holds, as its files lay it out."""
-    return {"text_encoder": clap_shapes(cfg["text_encoder"]), "unet": unet_shapes(cfg["unet"]),
-            "vae": vae_shapes(cfg["vae"]), "vocoder": vocoder_shapes(cfg["vocoder"])}
+    shapes = {"text_encoder": clap_shapes, "unet": unet_shapes, "vae": vae_shapes, "vocoder": vocoder_shapes}
+    return {model: flatten(of_model(cfg[model])) for model, of_model in shapes.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -1157,7 +1140,7 @@ def config_files(cfg):
         return {**IMPLEMENTED.get(name, {}), **own, **follows.get(name, {})}
 
     files = {path: stated(section, cfg[section]) for section, path in CONFIG_FILES.items()}
-    scheduler = next(kind for kind, name in SCHEDULERS.items() if name == cfg["sampling"]["scheduler"])
+    scheduler = next(kind for kind, name in SCHEDULER_NAMES.items() if name == cfg["sampling"]["scheduler"])
     files[CONFIG_FILES["schedule"]] |= {**IMPLEMENTED[scheduler], "_class_name": scheduler}
     for model in MODELS:
         library, name = CLASSES[model]

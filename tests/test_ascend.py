@@ -284,7 +284,8 @@ def recorded(cfg, seconds, n, loop=False):
             if model == "schedulers":  # one operator at a time, between the steps
                 latents = functools.partial(shape, (n, h, w, channels), dtype)
                 for name in musicldm.SCHEDULERS:
-                    sample = musicldm.make_scheduler(name, cfg["schedule"], float(name == "ddim"), iter(latents, None))
+                    sample = musicldm.make_scheduler(
+                        name, cfg["schedule"], 6, float(name == "ddim"), iter(latents, None))
                     for x in sample(lambda x, t: latents(), latents(), musicldm.scheduler_timesteps(
                             name, 6, cfg["schedule"])):
                         recorder.Cast()(x, mindspore.float32)

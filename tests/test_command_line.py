@@ -396,7 +396,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "no prompt; valid: --prompt TEXT"),
-    (["--prompt", "a", "--step", "3"], "unrecognized arguments: --step 3"),
+    (["--prompt", "a", "--step", "3"], "unknown option '--step': did you mean '--steps'"),
+    (["--prompt", "slow", "sad", "piano"], "'sad piano' belongs to no option; valid: a prompt in quotes"),
     (["--prompt", "a", "--steps", "2.5"], "sampling.num_inference_steps is 2.5; valid: an integer"),
     (["--prompt", "a", "--steps", "many"], "sampling.num_inference_steps is 'many'"),
     (["--prompt", "a", "--guidance", "nan"], "guidance_scale is 'nan'; valid: a finite number"),

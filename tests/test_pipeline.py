@@ -352,7 +352,7 @@ def test_the_signature_holds_the_configurations_options():
 
 @pytest.mark.parametrize("name, places", [
     ("generate", "prompt, params"), ("encode_prompt", "prompts, params"), ("encode_audio", "audio, params, sampling_rate"),
-    ("prompt_vectors", "prompts, params, heard, weight"), ("score", "prompts, audio, params, sampling_rate"),
+    ("prompt_vectors", "prompts, params, audio_embeds, weight"), ("score", "prompts, audio, params, sampling_rate"),
     ("encode_latents", "audio, params, sampling_rate"), ("decode_latents", "latents, params, loop"),
     ("vocode", "mel, params, loop, window")])
 def test_parameters_in_the_second_place_are_refused(name, places, params):
@@ -409,7 +409,9 @@ ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
     ("a", {"negative_prompt_embeds": 0.9 * UNIT}, "^negative_prompt_embeds has a row of length 0.9"),
     ("a", {"negative_prompt_embeds": np.eye(2, 24)}, r"has the shape \(2, 24\); valid: \(1, 24\)"),
     ("a", {"negative_prompt_embeds": UNIT, "negative_prompt": ""}, "stands beside a negative_prompt"),
-    (None, {"audio_prompt": "no.wav"}, "audio_prompt: cannot read no.wav: .*valid: a file that soundfile reads"),
+    (None, {"audio_prompt": "no.wav"}, "audio_prompt: cannot read no.wav: there is no such file"),
+    (10001 * "a", {}, "has 10001 characters; valid: up to 10000"), ("a", {"latents": 10 ** 400}, "latents is not an arr"),
+    ("a", {"guidance_scale": 1e20}, "valid: 0 to 1000"),
     (None, {"audio_prompt": __file__}, "audio_prompt: cannot read .*test_pipeline.py"),
     ("a", {"audio_prompt": GOLDEN}, "audio_prompt: cannot read .*golden"),
     ("a", {"audio_prompt": np.full(9, np.nan)}, "audio holds NaN or Inf"),
@@ -426,6 +428,15 @@ def test_unusable_arguments(prompt, options, message, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cfg, params, message", [
+    (None, None, "cfg is None"), ("config.yaml", None, "cfg is 'config.yaml'; valid: a dict with sampling, "),
+    ({"unet": {}}, None, "cfg is a mapping of unet"), (golden_config(), {"unet": {}}, "params is a mapping of unet; valid"),
+    (golden_config(), "demo", "params is 'demo'; valid: a dict with text_encoder, unet, vae, vocoder")])
+def test_what_is_no_configuration_and_no_parameters(cfg, params, message):
+    with pytest.raises(InputError, match=message):
+        musicldm.generate(cfg, "a", params)
+
+
 def test_ddim_recovers_the_clean_signal_from_analytic_noise():
     schedule = golden_config()["schedule"]
     alphas, rng = musicldm.alphas_cumprod(schedule).astype(np.float64), np.random.default_rng(0)
@@ -434,7 +445,7 @@ def test_ddim_recovers_the_clean_signal_from_analytic_noise():
         timesteps = musicldm.scheduler_timesteps("ddim", steps, schedule)
         assert len(timesteps) == steps and timesteps[-1] == 1 and timesteps[0] <= 1000
         x = alphas[timesteps[0]] ** 0.5 * clean + (1 - alphas[timesteps[0]]) ** 0.5 * noise
-        states = list(musicldm.ddim(lambda x, t: noise, x, timesteps, alphas, final_alpha=1.0))
+        states = list(musicldm.ddim(lambda x, t: noise, x, timesteps, alphas, steps=steps, final_alpha=1.0))
         left = alphas[0] if steps == 999 else 1.0  # 999 steps are one apart, and end at timestep 0
         assert np.allclose(states[-1], left ** 0.5 * clean + (1 - left) ** 0.5 * noise, atol=1e-9)
         if steps > 1:  # on the way, it is the forward process at the next timestep with the same noise
@@ -447,8 +458,8 @@ def test_ddim_with_eta_1_has_the_ddpm_posterior():
     alphas = musicldm.alphas_cumprod(golden_config()["schedule"]).astype(np.float64)
     t, clean, x = 500, 0.3, 1.7
     eps = (x - alphas[t] ** 0.5 * clean) / (1 - alphas[t]) ** 0.5
-    low, high = (next(musicldm.ddim(lambda x, t: eps, x, [t] * 1000, alphas, final_alpha=1.0, eta=1.0, noise=iter([z])))
-                 for z in (0.0, 1.0))
+    low, high = (next(musicldm.ddim(lambda x, t: eps, x, [t], alphas, steps=1000, final_alpha=1.0, eta=1.0,
+                                    noise=iter([z]))) for z in (0.0, 1.0))
     beta = 1 - alphas[t] / alphas[t - 1]
     mean = (alphas[t - 1] ** 0.5 * beta * clean + (1 - beta) ** 0.5 * (1 - alphas[t - 1]) * x) / (1 - alphas[t])
     assert np.isclose(low, mean) and np.isclose((high - low) ** 2, (1 - alphas[t - 1]) / (1 - alphas[t]) * beta)

@@ -22,7 +22,8 @@ def golden():
 
 def sampled(scheduler, steps, eps_fn, x, noise=(), eta=0.0):
     timesteps = musicldm.scheduler_timesteps(scheduler, steps, SCHEDULE)
-    return timesteps, list(musicldm.make_scheduler(scheduler, SCHEDULE, eta, iter(noise))(eps_fn, x, timesteps))
+    sample = musicldm.make_scheduler(scheduler, SCHEDULE, steps, eta, iter(noise))
+    return timesteps, list(sample(eps_fn, x, timesteps))
 
 
 @pytest.mark.parametrize("name, steps, eta", RUNS)
@@ -48,7 +49,7 @@ def test_error_falls_with_the_order_of_the_method(name, order):
     for steps in (100, 200):
         timesteps = musicldm.scheduler_timesteps("ddim" if name == "dpm" else name, steps, SCHEDULE)  # the last is 1
         x = np.array([-1.3, 0.2, 1.9])
-        *_, landed, _ = musicldm.make_scheduler(name, SCHEDULE, 0.0, None)(exact_noise, x, timesteps)
+        *_, landed, _ = musicldm.make_scheduler(name, SCHEDULE, steps, 0.0, None)(exact_noise, x, timesteps)
         if name in ("lms", "heun", "euler"):  # from sigma's scale
             landed = landed * ALPHAS[1] ** 0.5
         lengths = (x - ALPHAS[timesteps[0]] ** 0.5 * MEAN) / deviations[timesteps[0]]

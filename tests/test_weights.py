@@ -275,7 +275,7 @@ def test_unusable_checkpoints(checkpoint, damage, message):
 
 DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())  # of the reference's classes, by section
 DEFAULTS["text_encoder"]["model_type"] = "clap"
-for kind in weights.SCHEDULERS:  # where a class has no such key, what another takes that is made of its file
+for kind in weights.SCHEDULER_NAMES:  # where a class has no such key, what another takes that is made of its file
     DEFAULTS[kind] = {"set_alpha_to_one": True, "clip_sample": False, "thresholding": False,
                       "rescale_betas_zero_snr": False, **DEFAULTS[kind]}
 
@@ -291,7 +291,7 @@ def with_scheduler(checkpoint, kind):
 def test_a_key_that_is_left_out_has_the_default_of_the_reference(checkpoint, name):
     """Or is refused, if that default is not what the file stated: where it is not implemented, or fits no tensors."""
     section, _, inner = name.partition(".")
-    if name in weights.SCHEDULERS:
+    if name in weights.SCHEDULER_NAMES:
         with_scheduler(checkpoint, name)
         section = "schedule"
     path, whole = checkpoint / weights.CONFIG_FILES[section], musicldm.load_config(weights=checkpoint)
@@ -355,7 +355,7 @@ def test_what_a_config_file_leaves_to_the_checkpoint_is_not_taken_from_it(checkp
     assert musicldm.load_config(weights="random")["vae"]["scaling_factor"] == 1.075324296951294
 
 
-@pytest.mark.parametrize("kind, name", weights.SCHEDULERS.items())
+@pytest.mark.parametrize("kind, name", weights.SCHEDULER_NAMES.items())
 def test_the_scheduler_that_a_checkpoint_was_saved_with_is_the_default(checkpoint, params, kind, name, tmp_path):
     with_scheduler(checkpoint, kind)
     cfg = musicldm.load_config(weights=checkpoint)
