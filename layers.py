@@ -11,7 +11,8 @@ If you come from PyTorch: MindSpore compiles what is under @mindspore.jit, and a
 shapes. It runs Python's own tuples, branches and loops in doing so. A @constexpr function is called by plain Python
 then, and what it returns is a constant of the graph; so is every argument but Tensors and what is wrapped in
 mindspore.mutable, as parameters are. ops.X()(...) makes an operator and applies it; ops.x(...) does the same after
-checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there.
+checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there. A class is here to have another
+gradient than MindSpore's, its bprop.
 """
 import functools
 import math
@@ -300,9 +301,42 @@ def bert_linear(x, p):
 
 def layer_norm(x, p, eps):
     """x (..., C), normalised over C (Ba et al., 2016), in float32."""
-    y = ops.LayerNorm(-1, -1, eps)(ops.Cast()(x, float32), ops.Cast()(p["weight"], float32),
-                                   ops.Cast()(p["bias"], float32))
-    return ops.Cast()(y[0], x.dtype)
+    y, weight, bias = ops.Cast()(x, float32), ops.Cast()(p["weight"], float32), ops.Cast()(p["bias"], float32)
+    if on_cpu():
+        return ops.Cast()(ops.Reshape()(normalise_rows(in_rows(y), weight, bias, eps), x.shape), x.dtype)
+    return ops.Cast()(ops.LayerNorm(-1, -1, eps)(y, weight, bias)[0], x.dtype)
+
+
+class RowNormaliser(nn.Cell):
+    """ops.LayerNorm of x (P, C), weight and bias (C,), with a gradient on all cores of a CPU, where its own uses one.
+
+    Products with vectors of ones sum and repeat, as broadcasts are slow there.
+    """
+
+    def construct(self, x, weight, bias, eps):
+        return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
+
+    def bprop(self, x, weight, bias, eps, _, gradient):
+        average, along_row, along_column = ones_for(x.shape)
+        x = x - ops.MatMul()(ops.MatMul()(x, average), along_row)
+        scale = ops.rsqrt(ops.MatMul()(x * x, average) + eps)
+        x = x * ops.MatMul()(scale, along_row)
+        by_weight = ops.MatMul()(along_column, gradient * x).reshape(-1)
+        by_bias = ops.MatMul()(along_column, gradient).reshape(-1)
+        gradient = gradient * ops.MatMul()(scale, weight.reshape(1, -1))
+        mean, slope = ops.MatMul()(gradient, average), ops.MatMul()(gradient * x, average)
+        by_x = gradient - ops.MatMul()(mean, along_row) - x * ops.MatMul()(slope, along_row)
+        return by_x, by_weight, by_bias, 0.0
+
+
+normalise_rows = RowNormaliser()
+
+
+@constexpr
+def ones_for(shape):
+    """Float32 (C, 1) of 1 / C, and ones, (1, C) and (1, P), for rows (P, C)."""
+    p, c = shape
+    return tuple(Tensor(x.astype(np.float32)) for x in (np.full((c, 1), 1 / c), np.ones((1, c)), np.ones((1, p))))
 
 
 def gelu(x):
@@ -432,8 +466,8 @@ class RowReader(nn.Cell):
     """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
 
     Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. Its own gradient is a sparse tensor;
-    this is a class, the only one here, to have another: the sum of what was read of each row, by lookups again where
-    they are few, as UnsortedSegmentSum uses one core.
+    this one is the sum of what was read of each row, by lookups again where they are few, as UnsortedSegmentSum uses
+    one core.
     """
 
     def construct(self, x, rows):
