@@ -488,8 +488,8 @@ read_rows = RowReader()
 
 @constexpr
 def readers(rows, count):
-    """Where each of `count` rows is read: int32 (count,) of its first place in the flattened rows, its second, ..., each
-    -1 where there is none."""
+    """Where each of `count` rows is read: int32 (count,) of its first place in the flattened rows, its second, ..., -1
+    where there is none."""
     flat = rows.asnumpy().reshape(-1)
     order = np.argsort(flat, kind="stable")[(flat < 0).sum():]
     read = flat[order]
