@@ -349,7 +349,7 @@ def gelu(x):
 
 
 def leaky_relu(x, slope):
-    """x where it is positive, else slope * x. The gradient of MindSpore's own, a maximum, takes 8 times as long."""
+    """x where it is positive, else slope * x. MindSpore's own is a maximum, whose gradient takes far longer."""
     return x * slope + ops.relu(x) * (1 - slope)
 
 

@@ -1571,8 +1571,9 @@ def planned(args):
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
     away = args.negative_prompt  # None, one for all prompts, or a list of one for each
     options = {} if away is None else {"negative_prompt": away[0] if len(away) == 1 else away}
-    call = checked_call(cfg, [f"way {i}" for i in range(n)] if args.interpolate else texts, at_once=args.batch,
-                        audio_prompt=args.audio_prompt, init_audio=args.init_audio, **options)
+    each = [f"way {i}" for i in range(n)] if args.interpolate else texts  # different texts have the same seeds
+    call = checked_call(cfg, each, at_once=args.batch, audio_prompt=args.audio_prompt, init_audio=args.init_audio,
+                        **options)
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")

@@ -479,3 +479,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state(runs, corpus, tmp_path, 
         train.train("clap", corpus, out, "random", runs["clap"][0].parents[1] / "tiny.yaml", overrides("clap"),
                     STEPS["clap"] + 3, 4, say=lambda text: None)
     assert (out / "state.safetensors").read_bytes() == before
+
+
+def test_weights_of_the_noise_are_those_of_the_formulas():
+    cfg, timesteps = golden_config(), np.array([0, 10, 300, 999])
+    alphas = musicldm.alphas_cumprod(cfg["schedule"])[timesteps].astype(np.float64)
+    snr = alphas / (1 - alphas)
+    assert np.array_equal(train.loss_weights(cfg, timesteps, 0, 0), np.ones(4))
+    assert np.allclose(train.loss_weights(cfg, timesteps, 5, 0) * snr, np.minimum(snr, 5), rtol=1e-4)
+    # v = alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * signal: an error of the noise makes one 1 / alpha ** 0.5 as large
+    assert np.allclose(train.loss_weights(cfg, timesteps, 0, 1), 1 / alphas, rtol=1e-4)

@@ -219,10 +219,10 @@ def judge(made, real, known, vectors, read):
         "SIM_AA@95": share_near(own, vectors["training"], 0.95)}
 
 
-def mel_distance(cfg, made, wanted):
-    """The mean over takes [(request, waveform)] of the RMS distance between their log-mel spectrograms."""
-    pairs = [[musicldm.log_mel(cfg["vocoder"], audio) for _, audio in pair] for pair in zip(made, wanted)]
-    return float(np.mean([((a - b) ** 2).mean() ** 0.5 for a, b in pairs]))
+def rms_distance(cfg, a, b):
+    """Between the log-mel spectrograms of two waveforms (samples,)."""
+    a, b = (musicldm.log_mel(cfg["vocoder"], audio) for audio in (a, b))
+    return float(((a - b) ** 2).mean() ** 0.5)
 
 
 def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, settings=None, say=print):
@@ -259,7 +259,8 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, settings=None, sa
         result[row] = judge(made, shapes, known, {**vectors, "own": heard([audio for _, audio in made])}, read)
         if settings:
             first = first or made
-            result[row]["distance to the first"] = mel_distance(cfg, made, first)
+            result[row]["distance to the first"] = float(np.mean([rms_distance(cfg, a, b) for (_, a), (_, b) in
+                                                                  zip(made, first)]))
         say(f"{row}: {json.dumps(result[row])}")
     return result
 
@@ -286,8 +287,7 @@ def music_in(cfg, params, tracks, prompts, say=print):
             audio, = musicldm.generate(cfg, asked[style], params, init_audio=(clip, RATE), seed=i, **options)
             new = audio[round(begin * RATE):round(end * RATE)] if row == "repainted" else audio[-len(clip):]
             places = {"repainted": [round(begin * RATE), round(end * RATE)], "extended": [len(clip)]}.get(row, [])
-            mels = [musicldm.log_mel(cfg["vocoder"], x[:len(clip)]) for x in (audio, clip)]
-            found.append({"distance to the clip": float(((mels[0] - mels[1]) ** 2).mean() ** 0.5),
+            found.append({"distance to the clip": rms_distance(cfg, audio[:len(clip)], clip),
                           "distance to the style": style_distances(style_features(audio[-len(clip):]), known)[style],
                           "tempo kept": same_tempo(tempo(new), track["tempo"]), "key kept": key(new)[0] == key(clip)[0],
                           "roughness of joins": roughness(audio, places) if places else math.nan})
