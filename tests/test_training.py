@@ -157,12 +157,12 @@ def test_lambda_is_beta_and_downbeats_leave_enough():
 # ---------------------------------------------------------------------------------------------------------- optimizer
 
 def test_steps_are_those_of_adamw():
-    """Against Loshchilov & Hutter's algorithm 2 in float64, with warm-up, clipping and the averaged weights."""
+    """Against Loshchilov & Hutter's algorithm 2 in float64, with warm-up, halving, clipping and averaged weights."""
     rng = np.random.default_rng(0)
     flat = {name: rng.standard_normal((5, 3)).astype(np.float32) for name in ("a.weight", "b.weight")}
     network, x = train.make_network(flat), rng.standard_normal((5, 3)).astype(np.float32)
     first, second = network.leaves
-    settings = {"weight_decay": 0.1, "clip": 2.0, "warmup": 3, "ema": 0.9}
+    settings = {"weight_decay": 0.1, "clip": 2.0, "warmup": 3, "halving": 2, "ema": 0.9}
 
     def loss(x):
         return (first * x).sum() ** 2 + (second * x).sum() ** 2
@@ -173,7 +173,7 @@ def test_steps_are_those_of_adamw():
     for n in range(1, 7):
         g = 2 * (w * x).sum((1, 2), keepdims=True) * x.astype(np.float64)
         norm = np.linalg.norm(g)
-        g, rate, ema = g * min(1, 2 / norm), 0.01 * min(1, n / 3), min(0.9, n / (9 + n))
+        g, rate, ema = g * min(1, 2 / norm), 0.01 * min(1, n / 3) / 2 ** ((n - 1) / 2), min(0.9, n / (9 + n))
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
         w = w - rate * (m / (1 - 0.9 ** n) / (np.sqrt(v / (1 - 0.99 ** n)) + 1e-8) + 0.1 * w)
         average = ema * average + (1 - ema) * w

@@ -43,11 +43,11 @@ from weights import InputError
 
 DEFAULTS = pathlib.Path(__file__).with_name("config.yaml")
 RANGES = {"batch": (1, 4096), "crop": (0.08, 600), "segment": (0.08, 600), "learning_rate": (0, 1),
-          "warmup": (0, math.inf), "weight_decay": (0, 1), "clip": (1e-6, math.inf), "ema": (0, 1),
-          "save_minutes": (0, math.inf), "report_steps": (1, math.inf), "mixes": (0, 100), "drop": (0, 1),
-          "captions": (0, 1), "snr_cap": (0, math.inf), "snr_power": (0, 1), "kl_weight": (0, math.inf),
-          "mel_weight": (0, math.inf), "feature_weight": (0, math.inf), "adversarial_from": (0, math.inf),
-          "through_vae": (0, 1), "discriminator_learning_rate": (0, 1)}
+          "warmup": (0, math.inf), "halving": (0, math.inf), "weight_decay": (0, 1), "clip": (1e-6, math.inf),
+          "ema": (0, 1), "save_minutes": (0, math.inf), "report_steps": (1, math.inf), "mixes": (0, 100),
+          "drop": (0, 1), "captions": (0, 1), "snr_cap": (0, math.inf), "snr_power": (0, 1),
+          "kl_weight": (0, math.inf), "mel_weight": (0, math.inf), "feature_weight": (0, math.inf),
+          "adversarial_from": (0, math.inf), "through_vae": (0, 1), "discriminator_learning_rate": (0, 1)}
 FREE = ("save_minutes", "report_steps")  # settings that a run may change when it goes on
 BETAS, EPSILON = (0.9, 0.99), 1e-8  # AdamW's
 STATE = ("weights", "first", "second", "average")  # AdamW's weights and moments, and EMA's weights
@@ -143,10 +143,10 @@ def make_update(network, settings, processes):
 
 def schedule(settings, step, rate):
     """The numbers that `update` takes at a step, counted from 0, as float32 scalars."""
-    warm = min(1.0, (step + 1) / max(1, settings["warmup"]))
+    rate *= min(1.0, (step + 1) / max(1, settings["warmup"]))
+    rate *= 0.5 ** (step / settings["halving"]) if settings["halving"] else 1.0
     average = min(settings["ema"], (1 + step) / (10 + step))
-    return [Tensor(np.float32(x)) for x in
-            (rate * warm, average, BETAS[0] ** (step + 1), BETAS[1] ** (step + 1))]
+    return [Tensor(np.float32(x)) for x in (rate, average, BETAS[0] ** (step + 1), BETAS[1] ** (step + 1))]
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
