@@ -432,7 +432,24 @@ def attend(q, k, v, bias):
     scores = ops.Cast()(ops.BatchMatMul(transpose_b=True)(q, k), float32)
     if bias is not None:
         scores = scores + bias
-    return ops.BatchMatMul()(ops.Cast()(ops.Softmax(-1)(scores), v.dtype), v)
+    shares = softmax_rows(scores) if on_cpu() else ops.Softmax(-1)(scores)
+    return ops.BatchMatMul()(ops.Cast()(shares, v.dtype), v)
+
+
+class RowSoftmax(nn.Cell):
+    """Softmax over the last axis of x (..., L), with products in the gradient for sums and broadcasts, slow on a CPU."""
+
+    def construct(self, x):
+        return ops.Softmax(-1)(x)
+
+    def bprop(self, x, y, gradient):
+        _, along_row, _ = ones_for(in_rows(x).shape)
+        y, weighted = in_rows(y), in_rows(y * gradient)
+        total = ops.MatMul()(ops.MatMul(transpose_b=True)(weighted, along_row), along_row)
+        return (ops.Reshape()(weighted - y * total, x.shape),)
+
+
+softmax_rows = RowSoftmax()
 
 
 def attend_by_blocks(q, k, v, count):
