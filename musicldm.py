@@ -1194,6 +1194,10 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
     for name, value, parts in (("cfg", cfg, ["sampling", *models]), ("params", params, models)):
         if (name, value) != ("params", None) and not (isinstance(value, dict) and value.keys() >= {*parts}):
             raise InputError(f"{name} is {shown(value)}; valid: a dict with {', '.join(parts)}")
+    for model in models if params else []:
+        held, wanted = next(iter(checkpoints.flatten(params[model]).values())).dtype, checkpoints.tensor_dtype(cfg)
+        if held != wanted:
+            raise InputError(f"params[{model!r}] holds {held}, and cfg computes in {wanted}; valid: of one dtype")
     if prompt_embeds is not None:
         if prompt is not None or audio_prompt is not None:
             raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
@@ -1685,10 +1689,17 @@ def print_line(text):
         raise InputError(f"standard output cannot be written: {error.strerror}") from None
 
 
+def named_flag(message, argv):
+    """The flag that set what a message is about, with a colon, or "": messages name config.yaml's keys."""
+    given = {word.partition("=")[0] for word in argv}
+    return next((f"{flag}: " for flag, (key, *_) in SHORTCUTS.items() if flag in given and
+                 message.startswith((f"{key} ", f"{key.rpartition('.')[2]} "))), "")
+
+
 def run(argv, keep_graphs):
     """What `main` does, with mistakes as exceptions."""
     start = time.perf_counter()
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(argv)
     say = (lambda text: None) if args.quiet else print_line
     plan = planned(args)
     cfg, sampling, seconds = plan.cfg, plan.sampling, plan.samples / plan.cfg["vocoder"]["sampling_rate"]
@@ -1720,13 +1731,14 @@ def main(argv=None, keep_graphs=False):
     """
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return 0  # msrun starts the command once more than it has workers, to let them find each other: nothing to do
+    argv = sys.argv[1:] if argv is None else argv
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"musicldm: warning: {message}", file=sys.stderr)
             run(argv, keep_graphs)
     except InputError as error:
-        print(f"musicldm: error: {error}", file=sys.stderr)
+        print(f"musicldm: error: {named_flag(str(error), argv)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nmusicldm: interrupted; the files that are written are whole", file=sys.stderr)

@@ -455,11 +455,13 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompts-file", "two.txt", "--interpolate", "3"], "--interpolate stands beside --prompt 0 times"),
     *[(["--prompt", "a", flag, value], f"argument {flag}: {value!r}; valid: 1 to 9999")
       for flag in ("--interpolate", "--batch") for value in ("0", "x", "10000", "2.5")],
-    (["--prompt", "a", "--waveforms", "0"], "num_waveforms_per_prompt is 0; valid: 1 to 1000"),
+    (["--prompt", "a", "--waveforms", "0"],
+     "error: --waveforms: sampling.num_waveforms_per_prompt is 0; valid: 1 to 1000"),
     (["--prompt", "a", "--waveforms", "2", "--set", "sampling.seed=[1]"],
-     "seed is a list of 1; valid: one, or a list of 2"),
-    (["--prompt", "a", "--scheduler", "dmp"], "sampling.scheduler is 'dmp'; valid: ddim, dpm"),
-    (["--prompt", "a", "--scheduler", "dpm", "--eta", "1"], "sampling.eta is 1; valid with the scheduler dpm: 0"),
+     "error: seed is a list of 1; valid: one, or a list of 2"),
+    (["--prompt", "a", "--scheduler", "dmp"], "--scheduler: sampling.scheduler is 'dmp'; valid: ddim, dpm"),
+    (["--prompt", "a", "--scheduler", "dpm", "--eta", "1"],
+     "--eta: sampling.eta is 1; valid with the scheduler dpm: 0"),
     (["--prompt", "a", "--audio-prompt-weight", "2"], "sampling.audio_prompt_weight is 2; valid: 0 to 1"),
     *[(["--audio-prompt", name], f"audio_prompt: cannot read {name}: ")
       for name in ("none.wav", "blank.txt", "folder.wav", "samples.raw")],

@@ -431,7 +431,9 @@ def test_unusable_arguments(prompt, options, message, monkeypatch):
 @pytest.mark.parametrize("cfg, params, message", [
     (None, None, "cfg is None"), ("config.yaml", None, "cfg is 'config.yaml'; valid: a dict with sampling, "),
     ({"unet": {}}, None, "cfg is a mapping of unet"), (golden_config(), {"unet": {}}, "params is a mapping of unet; valid"),
-    (golden_config(), "demo", "params is 'demo'; valid: a dict with text_encoder, unet, vae, vocoder")])
+    (golden_config(), "demo", "params is 'demo'; valid: a dict with text_encoder, unet, vae, vocoder"),
+    ({**golden_config(), "dtype": "float16"}, weights.random_params(golden_config(), 0),
+     r"params\['text_encoder'\] holds Float32, and cfg computes in Float16; valid: of one dtype")])
 def test_what_is_no_configuration_and_no_parameters(cfg, params, message):
     with pytest.raises(InputError, match=message):
         musicldm.generate(cfg, "a", params)
