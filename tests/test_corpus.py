@@ -158,6 +158,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(corpus, "BANK", str(tmp_path / "none.sf2"))
     with pytest.raises(InputError, match="fluidsynth and fluid-soundfont-gm"):
         corpus.make_corpus(tmp_path / "new", 1)
+    monkeypatch.setattr(corpus, "BANK", str(tmp_path / "full" / "file"))
+    with pytest.raises(InputError, match="cannot play its bank" if INSTALLED else "is missing"):
+        corpus.make_corpus(tmp_path / "new", 1)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert corpus.main([str(tmp_path / "new"), "--clips", "1"]) == 2
     assert "fluid-soundfont-gm" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -396,7 +397,11 @@ def synthesise(tracks, seconds):
                    "synth.reverb.damp=0.3", "synth.reverb.level=0.5", "synth.cpu-cores=1", "synth.polyphony=512")
         done = subprocess.run(["fluidsynth", "-niq", "-g", "0.3", "-r", str(RATE * OVERSAMPLED), "-T", "raw", "-O",
                                "float", *(f"-o{option}" for option in options), "-F", "-", BANK, file.name],
-                              capture_output=True, check=True)
+                              capture_output=True)
+    complaint = re.search("fluidsynth: error: (.*)", done.stderr.decode(errors="replace"))
+    if done.returncode or complaint:  # it leaves out a damaged bank, with status 0
+        raise InputError(f"FluidSynth cannot play its bank {BANK}: {complaint[1] if complaint else done.returncode}; "
+                         "install the Debian package fluid-soundfont-gm anew")
     audio = np.frombuffer(done.stdout, "<f4").reshape(-1, 2).mean(1)[:int(round(seconds * RATE)) * OVERSAMPLED]
     return resample_poly(audio, 1, OVERSAMPLED)
 
