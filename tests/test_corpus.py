@@ -10,7 +10,7 @@ import soundfile
 from scipy.signal import stft
 
 from training import corpus
-from training.captions import HELD_OUT, WORDS
+from training.captions import HELD_OUT, WORDS, evaluation_prompts
 from weights import InputError
 
 INSTALLED = shutil.which("fluidsynth") is not None and os.path.isfile(corpus.BANK)
@@ -128,14 +128,14 @@ def test_captions_are_many_and_never_held_out(clips):
         assert not ({"sad", "happy", "bright", "melancholic"} & set(" ".join(texts).split()) and clip["mode"] is None)
     texts = [text.lower() for texts in everything for text in texts]
     assert not [text for text in texts for phrase in HELD_OUT if phrase in text]
-    assert not {prompt["prompt"].lower() for prompt in corpus.evaluation_prompts()} & set(texts)
+    assert not {prompt["prompt"].lower() for prompt in evaluation_prompts()} & set(texts)
 
 
 def test_evaluation_prompts_are_unseen_but_understandable(clips):
     words = {style: set() for style in corpus.STYLES}
     for clip, texts in zip(clips, clip_captions(clips)):
         words[clip["style"]] |= set(re.findall(r"[\w-]+", " ".join(texts).lower()))
-    prompts = corpus.evaluation_prompts()
+    prompts = evaluation_prompts()
     for style, (_, tempos, *_) in corpus.STYLES.items():
         own = [prompt for prompt in prompts if prompt["style"] == style]
         assert len(own) >= 4 and sum(prompt["tempo"] is not None for prompt in own) * 2 == len(own)

@@ -97,7 +97,7 @@ def tracks(tmp_path_factory):
     for i in range(12):
         style, audio = ("drums alone", clicks(100 + i)) if i % 2 else ("string ensemble", tones([i, i + 7]))
         soundfile.write(folder / f"{i}.wav", 0.3 * audio / np.abs(audio).max(), 16000)
-        lines.append({"audio": f"{i}.wav", "style": style, "tempo": 100 + i if i % 2 else None,
+        lines.append({"audio": f"{i}.wav", "style": style, "tempo": 100 + i if i % 2 else None, "key": None,
                       "split": "validation" if i > 7 else "train"})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return data.read_manifest(folder)
@@ -139,7 +139,8 @@ def test_music_in(tracks, params, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--rows", "corpus,mode"], "--rows corpus,mode"), (["--seeds", "0"], "--seeds 0"),
     (["--prompts", "0"], "--prompts 0"), (["--settings", "steps=3"], "unknown config key"),
-    (["--data", "nowhere"], "cannot read nowhere"), (["--weights", "nowhere"], "no folder 'nowhere'"),
+    (["--data", "nowhere"], "cannot read nowhere"), (["--out", "nowhere/a.json"], "--out nowhere/a.json"),
+    (["--weights", "nowhere"], "no folder 'nowhere'"),
     ([], "no track to learn the style of acoustic guitar"), (["--set", "sampling.steps=3"], "unknown config key"),
 ])
 def test_mistakes_are_one_line(arguments, message, tracks, capsys):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mindspore
 import numpy as np
@@ -131,6 +132,8 @@ def test_what_cannot_be_encoded(audio, rate, message, params):
 
 def test_tempos_of_one_group():
     tracks = [{"tempo": tempo, "downbeats": [0.0]} for tempo in (120, 121, 60, 240, 125, 90)]
+    songs = [{**track, "audio": "one.wav"} for track in tracks[:2]] + [{**tracks[0], "audio": "two.wav"}]
+    assert mixup.partners(songs) == [[2], [2], [0, 1]]
     assert mixup.partners([*tracks, {"tempo": 120}, {"tempo": None, "downbeats": [0.0]}]) == [
         [1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [], [], [], []]
 
@@ -415,7 +418,7 @@ def line_of(**change):
     (line_of(tempo=0), "tempo is 0"),
     (line_of(tempo=1000), "valid: 20 to 400"), (line_of(downbeats=[-1.0]), "downbeats must rise"),
     (line_of(downbeats=[0.5, 0.2]), "downbeats must rise"), (line_of(downbeats=[99.0]), "1.28 s"),
-    (line_of(downbeats=["0"]), "downbeats is"),
+    (line_of(downbeats=["0"]), "downbeats is"), (line_of(audio="samples.raw"), "cannot read samples.raw"),
 ])
 def test_a_manifest_is_refused_by_its_line(line, message, corpus, tmp_path, capsys):
     folder = shutil.copytree(corpus, tmp_path / "bad")
@@ -423,6 +426,7 @@ def test_a_manifest_is_refused_by_its_line(line, message, corpus, tmp_path, caps
     soundfile.write(folder / "silent.wav", np.zeros(1600), 16000)
     soundfile.write(folder / "nan.wav", np.array([0.5, np.nan, 0.1] * 99), 16000, "FLOAT")
     (folder / "text.wav").write_text("not audio")
+    (folder / "samples.raw").write_bytes(bytes(400))
     (folder / "manifest.jsonl").write_text(f"{line_of()}\n{line}\n")
     assert train.main(["vae", "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
@@ -443,6 +447,7 @@ def test_ten_bad_lines_are_told_at_once(corpus, tmp_path):
     (["--set", "bach=1"], "did you mean 'batch'"), (["--set", "crop=long"], "crop is 'long'"),
     (["--steps", "0"], "--steps 0"), (["--seed", "-1"], "--seed -1"), (["--weights", "nowhere"], "no folder 'nowhere'"),
     (["--out", "{corpus}"], "holds no run"), (["--out", "{corpus}/0.wav/run"], "cannot be made"),
+    (["--out", "{corpus}/0.wav"], "cannot be made"),
     (["--set", "batch"], "key=value"),
     (["--set", "batch=4096", "--set", "crop=600"], "GB of memory"),
 ])
@@ -452,6 +457,32 @@ def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, mon
     assert train.main(["vae", "--data", str(corpus), "--out", "run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and not (tmp_path / "run" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage, arguments, message", [
+    ("unet", [], "--weights is random; valid for unet: a checkpoint of what it learns from, CLAP and the VAE"),
+    ("vocoder", [], "--weights is random; valid for vocoder"), ("clap", [], "two tracks have captions"),
+    ("unet", ["--set", "crop=2.0"], "crop is 2; valid: up to 1.28"),
+    ("unet", ["--set", "segment=0.64"], "crop is 5.12; valid: up to 0.64"),
+])
+def test_what_a_stage_could_not_learn_from_is_refused_first(stage, arguments, message, corpus, tmp_path, capsys):
+    tracks = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    (corpus / "manifest.jsonl").write_text("\n".join(json.dumps({**track, "captions": []}) for track in tracks))
+    arguments += ["--weights", str(GOLDEN / "checkpoint")] if arguments else []
+    assert train.main([stage, "--data", str(corpus), "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_one_makes_the_examples(tmp_path):
+    made = {"latents": [np.ones((2, 3)), np.zeros((1, 3))], "vectors": np.eye(2), "empty": np.ones(2),
+            "captions": [np.ones((1, 2)), np.zeros((0, 2))]}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(train.kept_examples, tmp_path / "examples.npz", None, 1)
+        train.kept_examples(tmp_path / "examples.npz", lambda: made)
+        read = waiting.result(timeout=10)
+    assert read.keys() == made.keys() and [*map(len, read["captions"])] == [1, 0]
+    assert all(np.array_equal(a, b) for a, b in zip(read["latents"], made["latents"], strict=True))
 
 
 @with_runs

@@ -28,7 +28,7 @@ import soundfile
 from scipy.signal import resample_poly
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from training.captions import captions, evaluation_prompts  # noqa: E402,F401
+from training.captions import captions  # noqa: E402
 from weights import InputError  # noqa: E402
 
 BANK = "/usr/share/sounds/sf2/FluidR3_GM.sf2"

@@ -3,7 +3,7 @@
     {"audio": "audio/0001.flac", "captions": ["slow sad piano"], "tempo": 80, "downbeats": [0.0, 3.0, 6.0]}
 
 audio: a path beside the manifest, of any rate and number of channels that soundfile reads
-captions: a list of texts; may be empty for the stages that read none (vae, vocoder)
+captions: a list of texts; only clap needs them
 tempo (BPM) and downbeats (seconds): where they are known; other keys are left alone
 split: "train" if it is not stated; what is of another split is not trained on
 """
@@ -26,7 +26,7 @@ def problem_with(folder, record):
     """What is wrong with one object of a manifest, as a text; None if nothing is."""
     if not isinstance(record, dict) or not isinstance(record.get("audio"), str):
         return "valid is an object with the key audio, a path beside the manifest"
-    captions, tempo, downbeats = record.get("captions", []), record.get("tempo"), record.get("downbeats", [])
+    captions, tempo, downbeats = record.get("captions", []), record.get("tempo"), record.get("downbeats") or []
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         return f"captions is {captions!r:.80}; valid: a list of texts"
     if tempo is not None and not (fits(tempo, 1.0) and TEMPO[0] <= tempo <= TEMPO[1]):
@@ -36,7 +36,7 @@ def problem_with(folder, record):
     try:
         info = soundfile.info(str(folder / record["audio"]))
         blocks = [np.abs(block).max() for block in soundfile.blocks(str(folder / record["audio"]), 2 ** 16)]
-    except (OSError, RuntimeError) as error:  # soundfile's errors are RuntimeErrors
+    except (OSError, RuntimeError, TypeError) as error:  # soundfile's are RuntimeErrors; TypeError: without a header
         return f"cannot read {record['audio']}: {one_line(error)}"
     if not np.isfinite(blocks).all():
         return f"{record['audio']} holds NaN or Inf"
@@ -50,7 +50,7 @@ def problem_with(folder, record):
 def read_manifest(folder):
     """Every track of a corpus: the manifest's objects, each with `path`, `rate` (Hz) and `samples` of its file.
 
-    All files are opened and read once. Raises InputError, one line, that tells up to ten lines that are wrong.
+    All files are read. Raises InputError, one line, that tells up to ten lines that are wrong.
     """
     manifest, tracks, problems = pathlib.Path(folder) / "manifest.jsonl", [], []
     try:
@@ -71,7 +71,8 @@ def read_manifest(folder):
         else:
             path = manifest.parent / record["audio"]
             info = soundfile.info(str(path))
-            tracks.append({**record, "path": path, "rate": info.samplerate, "samples": info.frames})
+            tracks.append({**record, "downbeats": record.get("downbeats") or [], "path": path, "rate": info.samplerate,
+                           "samples": info.frames})
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(f"--data {manifest}: {'; '.join(problems[:10])}{more}")

@@ -2,7 +2,7 @@
 
     python training/evaluate.py --weights DIR --data CORPUS [--rows model,corpus] [--seeds 3] [--out FILE.json]
 
-prints a table of the prompts of corpus.evaluation_prompts, in phrasings that training never saw, and of the
+prints a table of the prompts of captions.evaluation_prompts, in phrasings that training never saw, and of the
 corpus's validation split. The rows:
     corpus   the validation clips themselves
     ceiling  the same through the VAE and the vocoder: the UNet can do no better
@@ -31,7 +31,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(_
 import numpy as np
 from scipy import linalg, ndimage, signal
 
-import corpus
+import captions
 import data
 import musicldm
 import weights as checkpoints
@@ -328,7 +328,11 @@ def main(argv=None):
         if not {*rows} <= {*ROWS} or min(args.seeds, args.prompts) < 1:
             raise InputError(f"--rows {args.rows}, --seeds {args.seeds}, --prompts {args.prompts}; valid: some of "
                              f"{','.join(ROWS)}, 1 or more, 1 or more")
+        if args.out:
+            musicldm.check_output("--out", [pathlib.Path(args.out)], (".json",), 1)
         tracks = data.read_manifest(args.data)
+        if not all({"style", "tempo", "key"} <= track.keys() for track in tracks):
+            raise InputError("--data: a track states no style, tempo or key; valid: a corpus of training/corpus.py")
         cfg, *several = (musicldm.load_config(weights=args.weights, overrides=args.set + [
             f"sampling.{text}" for text in setting.split(",") if text]) for setting in ["", *(args.settings or ())])
         params = checkpoints.load_params(cfg)
@@ -336,16 +340,16 @@ def main(argv=None):
         def say(text):
             print(text, file=sys.stderr, flush=True)
 
-        prompts = of_each_style(corpus.evaluation_prompts(), args.prompts)
+        prompts = of_each_style(captions.evaluation_prompts(), args.prompts)
         settings = dict(zip(args.settings or (), several))
         result = (music_in(cfg, params, tracks, prompts, say) if args.music_in else
                   evaluate(cfg, params, tracks, prompts, rows, args.seeds, settings, say))
+        print(table(result), flush=True)
         if args.out:
             musicldm.write_files({pathlib.Path(args.out): json.dumps(result, indent=1).encode()})
     except InputError as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 2
-    print(table(result))
     return 0
 
 

@@ -9,16 +9,23 @@ import numpy as np
 
 
 def tempo_distance(a, b):
-    """How far apart two tempos (BPM) are, as a share, where doubles and halves count as the same: 0 to 0.5."""
+    """How far apart two tempos (BPM) are, as a share, where doubles and halves count as the same: 0 to 0.42."""
     octaves = math.log2(a / b)
     return 2 ** abs(octaves - round(octaves)) - 1
 
 
 def partners(tracks, within=0.02):
-    """For each track, the indices of those that it can be mixed with: others whose tempo is the same `within` 2 %."""
+    """For each track, the indices of those that it can be mixed with: others whose tempo is the same `within` 2 %.
+
+    Tracks that state the same `audio` are parts of one, and no partners.
+    """
     known = [i for i, track in enumerate(tracks) if track.get("tempo") and track.get("downbeats")]
-    return [[j for j in known if j != i and tempo_distance(tracks[i]["tempo"], tracks[j]["tempo"]) <= within]
-            if i in set(known) else [] for i in range(len(tracks))]
+
+    def fit(i, j):
+        audio = tracks[i].get("audio", i), tracks[j].get("audio", j)
+        return audio[0] != audio[1] and tempo_distance(tracks[i]["tempo"], tracks[j]["tempo"]) <= within
+
+    return [[j for j in known if fit(i, j)] if i in set(known) else [] for i in range(len(tracks))]
 
 
 def draw_lambda(rng):

@@ -4,8 +4,9 @@
     python training/train.py unet --data CORPUS --out RUN --weights DIR --steps 20000
 
 RUN holds the run's settings (run.json), its state (state.safetensors: written whole, every few minutes and on Ctrl-C)
-and at the end a checkpoint in the published layout (checkpoint/), with all that was not trained from --weights. The
-same command goes on with a run that was stopped. A run follows from its seed: the draws of step n come from (seed, n).
+and at the end, or where it was stopped, a checkpoint in the published layout (checkpoint/), with all that was not
+trained from --weights. The same command goes on with a run that was stopped. A run follows from its seed: the draws of
+step n come from (seed, n).
 """
 import argparse
 import contextlib
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it when it is imported: its errors, without its warnings
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that failed
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
 
 import mindspore
 import numpy as np
@@ -155,6 +157,7 @@ def schedule(settings, step, rate):
 #   rates {name: learning rate}
 #   batch(step) -> np.float32 or np.int32 arrays whose first axis is the batch; every process makes the whole of it
 #   losses(step) -> {network: loss(*batch) -> (loss, ...)} in the order of their updates
+#   starts {name: step} of a network that does not learn from step 0 on
 #   finish(cfg, params) -> (cfg, params) of the checkpoint
 
 def trained(params, skipped=()):
@@ -214,8 +217,6 @@ def clap_loss(tree, cfg, processes=1, rank=0):
 def clap_stage(cfg, params, settings, tracks, seed, processes, rank):
     """Contrastive learning of both towers; the audio tower's batch norm keeps its statistics (`start_from_random`)."""
     captioned = [track for track in tracks if track.get("captions")]
-    if len(captioned) < 2:
-        raise InputError("--data: fewer than two tracks have captions; valid for clap: captions for every track")
     network = make_network(trained(params["text_encoder"], ("running_mean", "running_var")))
     loss = clap_loss(with_constants(network, params["text_encoder"]), cfg["text_encoder"], processes, rank)
     rate, count = cfg["feature_extractor"]["sampling_rate"], settings["batch"]
@@ -241,7 +242,7 @@ def frame_count(cfg, seconds, multiple=1):
 
 
 def random_waveforms(cfg, tracks, n, frames, rng):
-    """np.float32 (n, frames * 160): crops of n tracks at the vocoder's rate."""
+    """np.float32 (n, frames * hop): crops of n tracks at the vocoder's rate; published hop 160."""
     rate, hop = cfg["vocoder"]["sampling_rate"], math.prod(cfg["vocoder"]["upsample_rates"])
     return np.stack([data.random_crop(track, frames * hop / rate, rate, rng) for track in pick(tracks, n, rng)])
 
@@ -322,13 +323,14 @@ def vocoder_stage(cfg, params, settings, tracks, seed, processes, rank):
     return types.SimpleNamespace(
         networks={"vocoder": network, "discriminators": judges},
         rates={"vocoder": settings["learning_rate"], "discriminators": settings["discriminator_learning_rate"]},
-        batch=batch, finish=lambda cfg, params: (cfg, params),
+        batch=batch, finish=lambda cfg, params: (cfg, params), starts={"discriminators": settings["adversarial_from"]},
         losses=lambda step: {"vocoder": mel_loss} if step < settings["adversarial_from"] else {
             "discriminators": discriminator_loss, "vocoder": generator_loss})
 
 
 def segments(tracks, seconds):
-    """Tracks cut into segments of `seconds`: [(track, start)], the last part only if it is half as long or all."""
+    """Tracks cut into segments of `seconds`: [(track, start)]. A rest is kept if it is at least half a segment; a
+    shorter track is one segment."""
     found = []
     for track in tracks:
         length = track["samples"] / track["rate"]
@@ -337,9 +339,9 @@ def segments(tracks, seconds):
 
 
 def as_part(track, start, seconds):
-    """The manifest's facts of a segment: its tempo, and its downbeats from its own start."""
-    beats = [beat - start for beat in track.get("downbeats", []) if start <= beat < start + seconds]
-    return {"tempo": track.get("tempo"), "downbeats": beats}
+    """The manifest's facts of a segment: its file, its tempo, and its downbeats from its own start."""
+    beats = [beat - start for beat in track["downbeats"] if start <= beat < start + seconds]
+    return {"audio": track["audio"], "tempo": track.get("tempo"), "downbeats": beats}
 
 
 def make_examples(cfg, params, settings, tracks, seed, say):
@@ -348,10 +350,17 @@ def make_examples(cfg, params, settings, tracks, seed, say):
     -> {"latents": [(rows, W, C)], "vectors": (n, D), "captions": [(m, D)] (m 0 for mixes), "empty": (D,)}
     """
     rng, rate, seconds = draws(seed, 2 ** 32 + 2), cfg["vocoder"]["sampling_rate"], settings["segment"]
+    row = musicldm.row_samples(cfg)
+    eighth = max(1, round(settings["crop"] * rate / row) // 8)  # of a crop, in rows
     parts = segments(tracks, seconds)
     facts = [as_part(track, start, min(seconds, track["samples"] / track["rate"] - start)) for track, start in parts]
 
+    def cut(x, row):
+        """To whole eighths of a crop, as each length compiles the encoder once more; x has `row` numbers a row."""
+        return x[:max(1, (len(x) + row // 2) // (eighth * row)) * eighth * row]
+
     def encoded(waveform):
+        waveform = cut(waveform, row)
         latents = musicldm.encode_latents(cfg, waveform, params, rate)[0].transpose(1, 2, 0)
         return latents, musicldm.encode_audio(cfg, waveform, params, rate)[0]
 
@@ -373,15 +382,15 @@ def make_examples(cfg, params, settings, tracks, seed, say):
             say(f"{i + 1} of {len(parts)} segments encoded, {time.perf_counter() - began:.0f} s")
 
     fitting = mixup.partners(facts) if settings["mixup"] != "none" else [[]] * len(parts)
-    say(f"{sum(map(bool, fitting))} of {len(parts)} segments have a partner of their tempo to be mixed with")
-    hop = math.prod(cfg["vocoder"]["upsample_rates"])
-    row = vae_factor(cfg) * hop / rate  # seconds
+    say(f"{sum(map(bool, fitting))} of {len(parts)} segments have a partner of their tempo in another track")
     for count in range(round(settings["mixes"] * len(parts))):
+        if count % 200 == 199:
+            say(f"{count + 1} mixes tried, {time.perf_counter() - began:.0f} s")
         i = count % len(parts)
         if not fitting[i]:
             continue
         j = int(rng.choice(fitting[i]))
-        beats = [mixup.draw_downbeat(facts[k]["downbeats"], len(latents[k]) * row, settings["crop"], rng)
+        beats = [mixup.draw_downbeat(facts[k]["downbeats"], len(latents[k]) * row / rate, settings["crop"], rng)
                  for k in (i, j)]
         if None in beats:
             continue
@@ -389,21 +398,22 @@ def make_examples(cfg, params, settings, tracks, seed, say):
             a, b = (round(beat * rate) for beat in beats)
             mixed, vector = encoded(mixup.mix(sound(i), sound(j), a, b, mixup.draw_lambda(rng)).astype(np.float32))
         else:
-            a, b = (round(beat / row) for beat in beats)
-            mixed = mixup.mix(latents[i], latents[j], a, b, np.float32(mixup.draw_lambda(rng)))
+            a, b = (round(beat * rate / row) for beat in beats)
+            mixed = cut(mixup.mix(latents[i], latents[j], a, b, np.float32(mixup.draw_lambda(rng))), 1)
             mel = musicldm.decode_latents(cfg, mixed.transpose(2, 0, 1)[None], params)
             vector = musicldm.encode_audio(cfg, musicldm.vocode(cfg, mel, params), params, rate)[0]
         latents.append(mixed)
         heard.append(vector)
         read.append(np.zeros((0, len(vector)), np.float32))
-        if count % 200 == 199:
-            say(f"{count + 1} mixes tried, {time.perf_counter() - began:.0f} s")
+    say(f"{len(latents) - len(parts)} mixes made")
     return {"latents": latents, "vectors": np.stack(heard), "captions": read,
             "empty": musicldm.encode_prompt(cfg, "", params)[0]}
 
 
-def kept_examples(path, make):
-    """`make()`, or what it made before for the same run."""
+def kept_examples(path, make, rank=0):
+    """`make()`, or what it made before for the same run. Of several processes the first makes it, the others wait."""
+    while rank and not path.exists():
+        time.sleep(1)
     if path.exists():
         with np.load(path) as file:
             ends, captions = file["ends"], file["caption_ends"]
@@ -432,13 +442,11 @@ def loss_weights(cfg, timesteps, cap, power):
 def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None, say=print):
     """Prediction of the noise in latents under the CLAP vector of their audio, or for a share of them of a caption."""
     examples = kept_examples(folder / "examples.npz",
-                             lambda: make_examples(cfg, params, settings, tracks, seed, say))
+                             lambda: make_examples(cfg, params, settings, tracks, seed, say), rank)
     network, unet = make_network(trained(params["unet"])), musicldm.frozen(cfg["unet"])
     tree = network.tree
     rows = frame_count(cfg, settings["crop"], vae_factor(cfg)) // vae_factor(cfg)
     long_enough = [i for i, x in enumerate(examples["latents"]) if len(x) >= rows]
-    if not long_enough:
-        raise InputError(f"crop is {settings['crop']}; valid: no longer than the tracks of --data")
     alphas = musicldm.alphas_cumprod(cfg["schedule"])
 
     def batch(step):
@@ -495,24 +503,36 @@ def check_memory(cfg, stage, settings):
                          f"memory, and {free / 1e9:.1f} are free; valid: a smaller batch or crop")
 
 
+def check_tracks(cfg, stage, settings, tracks):
+    """Refuse what a stage could not learn from, before hours are spent on it: an InputError."""
+    if cfg["weights"] == checkpoints.RANDOM and (stage == "unet" or settings.get("through_vae")):
+        raise InputError(f"--weights is random; valid for {stage}: a checkpoint of what it learns from, "
+                         f"{'CLAP and the VAE' if stage == 'unet' else 'the VAE'}, such as RUN/checkpoint")
+    if stage == "clap" and sum(bool(track.get("captions")) for track in tracks) < 2:
+        raise InputError("--data: fewer than two tracks have captions; valid for clap: captions for every track")
+    if stage == "unet":
+        longest = min(settings["segment"], max(track["samples"] / track["rate"] for track in tracks))
+        if longest < settings["crop"]:
+            raise InputError(f"crop is {settings['crop']:g}; valid: up to {longest:g}, the longest segment of --data")
+
+
 # ---------------------------------------------------------------------------------------------------------------- run
 
-def start_from_random(cfg, stage, tracks, seed, folder):
-    """A checkpoint with random weights in `folder`, with what a stage finds in the corpus: for clap the vocabulary of
-    the captions and the statistics of the audio tower's batch norm. Returns its cfg."""
+def start_from_random(cfg, tracks, seed, folder):
+    """A checkpoint with random weights in `folder`, with what the corpus says: the vocabulary of the captions, and the
+    statistics of the audio tower's batch norm."""
     params = checkpoints.random_params(cfg, seed)
     last = params["vocoder"]["conv_post"]  # near silence, as HiFi-GAN begins: a tanh at its ends does not learn
     last["weight"] = last["weight"] * 0.01
     captions = [text for track in tracks for text in track.get("captions", [])]
     vocabulary = data.learn_vocabulary(captions, cfg["text_encoder"]["text_config"]["vocab_size"])
-    if stage == "clap":
-        params["text_encoder"]["logit_scale_a"] = params["text_encoder"]["logit_scale_t"] = Tensor(
-            np.float32(math.log(1 / 0.07)))  # as CLIP begins
-        rng, rate = draws(seed, 2 ** 32), cfg["feature_extractor"]["sampling_rate"]
-        heard = clap_inputs(cfg, [data.random_crop(track, 10.0, rate, rng) for track in pick(tracks, 64, rng)])
-        norm = params["text_encoder"]["audio_model"]["audio_encoder"]["batch_norm"]
-        norm["running_mean"], norm["running_var"] = (Tensor(x.astype(np.float32)) for x in (
-            heard.mean((0, 1)), heard.var((0, 1))))
+    params["text_encoder"]["logit_scale_a"] = params["text_encoder"]["logit_scale_t"] = Tensor(
+        np.float32(math.log(1 / 0.07)))  # as CLIP begins
+    rng, rate = draws(seed, 2 ** 32), cfg["feature_extractor"]["sampling_rate"]
+    heard = clap_inputs(cfg, [data.random_crop(track, 10.0, rate, rng) for track in pick(tracks, 64, rng)])
+    norm = params["text_encoder"]["audio_model"]["audio_encoder"]["batch_norm"]
+    norm["running_mean"], norm["running_var"] = (Tensor(x.astype(np.float32)) for x in (
+        heard.mean((0, 1)), heard.var((0, 1))))
     checkpoints.save_params(cfg, params, folder, vocabulary=vocabulary)
 
 
@@ -555,15 +575,19 @@ def check_run(folder, described):
         known = checkpoints.read_json(path)
         for name in described:
             if known.get(name) != described[name]:
+                if name == "manifest":
+                    raise InputError(f"--data: manifest.jsonl is not the one that --out {folder} began with; valid: a "
+                                     "new folder, or the same corpus")
                 raise InputError(f"--out {folder} holds another run: its {name} is {known.get(name)!r:.200}, not "
                                  f"{described[name]!r:.200}; valid: a new folder, or the same run")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out {folder} is not empty and holds no run; valid: a new folder, or the same run")
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            full = any(folder.iterdir())
         except OSError as error:
             raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from None
+        if full:
+            raise InputError(f"--out {folder} is not empty and holds no run; valid: a new folder, or the same run")
         write_whole(path, lambda part: part.write_text(json.dumps(described, indent=1)))
 
 
@@ -602,6 +626,13 @@ def distribution():
     return communication.get_group_size(), communication.get_rank()
 
 
+def any_of(stopped, processes):
+    """Whether a signal came to one of the processes: all of them must take the same steps."""
+    if processes == 1:
+        return bool(stopped)
+    return ops.AllReduce()(Tensor(np.array([len(stopped)], np.float32))).asnumpy()[0] > 0
+
+
 @contextlib.contextmanager
 def stopping():
     """A list that is no longer empty when SIGINT or SIGTERM came."""
@@ -630,6 +661,7 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
     processes, rank = distribution()
     if settings["batch"] % processes:
         raise InputError(f"batch is {settings['batch']}; valid in {processes} processes: a multiple of that")
+    check_tracks(cfg, stage, settings, tracks)
     check_memory(cfg, stage, {**settings, "batch": settings["batch"] // processes})
     folder = pathlib.Path(out)
     manifest = hashlib.sha256((pathlib.Path(data_folder) / "manifest.jsonl").read_bytes()).hexdigest()
@@ -640,7 +672,7 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
         check_run(folder, described)
     if cfg["weights"] == checkpoints.RANDOM:
         if rank == 0 and not (folder / "start").exists():
-            start_from_random(cfg, stage, tracks, seed, folder / "start")
+            start_from_random(cfg, tracks, seed, folder / "start")
         if processes > 1:
             ops.AllReduce()(Tensor(np.zeros(1, np.float32))).asnumpy()  # wait for it
         cfg = musicldm.load_config(config, str(folder / "start"))
@@ -654,14 +686,15 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
         say(f"goes on from step {step}")
     compiled, saved, reported = {}, time.monotonic(), (time.monotonic(), step)
     with stopping() as stopped:
-        while step < steps and not stopped:
+        while step < steps and not any_of(stopped, processes):
             share = slice(rank * settings["batch"] // processes, (rank + 1) * settings["batch"] // processes)
             arrays = [Tensor(np.ascontiguousarray(x[share])) for x in task.batch(step)]
             values = {name: 0.0 for name in task.networks}
             for name, loss in task.losses(step).items():
                 if (name, loss) not in compiled:
                     compiled[name, loss] = make_step(loss, task.networks[name], settings, processes)
-                value, norm = compiled[name, loss](*schedule(settings, step, task.rates[name]), *arrays)
+                taken = step - vars(task).get("starts", {}).get(name, 0)
+                value, norm = compiled[name, loss](*schedule(settings, taken, task.rates[name]), *arrays)
                 values[name], norm = float(value.asnumpy()), float(norm.asnumpy())
                 if not math.isfinite(values[name] + norm):
                     raise InputError(f"the loss of {name} is {values[name]:g} and its gradient's norm {norm:g} at step "
@@ -718,6 +751,9 @@ def main(argv=None):
     except InputError as error:
         print(f"train: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntrain: interrupted before the first step", file=sys.stderr)
+        return 130
     return 0 if len(done) >= args.steps else 130
 
 
