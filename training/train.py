@@ -654,13 +654,13 @@ def train(stage, data_folder, out, weights="random", config=musicldm.DEFAULT_CON
     Raises InputError, before anything is computed, for what cannot be trained, and for a loss that is not finite.
     """
     settings = stage_settings(stage, overrides)
-    tracks = data.of_split(data.read_manifest(data_folder), "train")
     cfg = musicldm.load_config(config, weights)
     if cfg["dtype"] != "float32":
         raise InputError(f"dtype is {cfg['dtype']}; valid for training: float32")
     processes, rank = distribution()
     if settings["batch"] % processes:
         raise InputError(f"batch is {settings['batch']}; valid in {processes} processes: a multiple of that")
+    tracks = data.of_split(data.read_manifest(data_folder), "train")  # reads all of the music
     check_tracks(cfg, stage, settings, tracks)
     check_memory(cfg, stage, {**settings, "batch": settings["batch"] // processes})
     folder = pathlib.Path(out)
