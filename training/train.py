@@ -59,8 +59,7 @@ STATE = ("weights", "first", "second", "average")  # AdamW's weights and moments
 
 def stage_settings(stage, overrides=()):
     """The section of config.yaml for a stage with "key=value" overrides, checked; else an InputError."""
-    base = checkpoints.read_yaml(DEFAULTS)[stage]
-    settings = base
+    settings = checkpoints.read_yaml(DEFAULTS)[stage]
     for text in overrides:
         settings = checkpoints.merged(settings, checkpoints.parse_override(text))
     for name, value in settings.items():
@@ -168,7 +167,7 @@ def trained(params, skipped=()):
 
 def with_constants(network, params):
     """The network's tree, with what is not trained beside what is."""
-    flat = {name: leaf for name, leaf in zip(network.shapes, network.leaves)}
+    flat = dict(zip(network.shapes, network.leaves))
     return checkpoints.nest({name: flat.get(name, x) for name, x in checkpoints.flatten(params).items()})
 
 
