@@ -886,7 +886,8 @@ def extended(cfg, call, embeds, params):
     wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
-        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)))[:, in_time]
+        # its reflection, not silence: the VAE's encoder hears both sides, and the UNet would go on with silence
+        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="reflect")[:, in_time]
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
         counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))

@@ -84,6 +84,12 @@ def test_what_is_not_repainted_is_the_music(heard):
     assert np.abs(heard["longer"][:163840 - 320] - music[:-320]).max() <= 2 ** -15
 
 
+def test_an_extension_is_as_loud_as_the_music(heard):
+    """Where the VAE's encoder heard silence beside what is known, the UNet went on with silence."""
+    loudness = heard["longer"][:20 * 16000].reshape(20, 16000).std(1)
+    assert loudness[10:].min() > 0.4 * loudness[:10].mean()
+
+
 def test_a_loop_has_no_seam(heard):
     """Twice in a row, the waveform bends no more where it starts anew than elsewhere."""
     for name in ("loop_1", "loop_2", "loop_3"):
