@@ -201,7 +201,8 @@ def training_steps(cfg, params):
         with tempfile.TemporaryDirectory() as folder:
             folder = pathlib.Path(folder)
             soundfile.write(folder / "noise.wav", noise.uniform(-0.5, 0.5, 163840), 16000)
-            track = {"path": folder / "noise.wav", "rate": 16000, "samples": 163840, "captions": [PROMPT]}
+            track = {"audio": "noise.wav", "path": folder / "noise.wav", "rate": 16000, "samples": 163840,
+                     "captions": [PROMPT], "downbeats": []}
             more = {"folder": folder, "say": lambda text: None} if stage == "unet" else {}
             task = train.STAGES[stage](cfg, params, settings, [track, track], 0, 1, 0, **more)
             ((name, loss),) = task.losses(0).items()
