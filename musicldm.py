@@ -251,7 +251,8 @@ def multistep_weights(nodes, end):
 def pndm(predict, x, timesteps, alphas, *, steps, final_alpha):
     """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
 
-    The first step is taken twice: the second time with the mean of the noise at both of its ends.
+    The first step is taken twice: the second time with the mean of the noise at both of its ends. It is the noises
+    that are combined, whatever prediction_type is; diffusers combines velocities.
     """
     step, start, history = len(alphas) // steps, x, ()
     for i, t in enumerate(timesteps):
@@ -350,6 +351,12 @@ def add_noise(x, noise, alpha):
     return alpha ** 0.5 * x + (1 - alpha) ** 0.5 * noise
 
 
+def noise_of_velocity(velocity, x, alpha):
+    """The noise in x, which is `add_noise` of a signal, of its velocity: alpha ** 0.5 * noise - (1 - alpha) ** 0.5 *
+    signal, what a UNet of prediction_type v_prediction predicts (Salimans & Ho, 2022, appendix D)."""
+    return alpha ** 0.5 * velocity + (1 - alpha) ** 0.5 * x
+
+
 def keeping(predict, known, kept, alphas):
     """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is what leads back to the latents
     `known`, (n or 1, H, W, C). So every scheduler has them there after each step, at that step's level of noise.
@@ -398,7 +405,7 @@ def prompt_vectors(cfg, prompts, params, audio_embeds=None, weight=0.5):
     return mixture / np.linalg.norm(mixture, axis=1, keepdims=True)
 
 
-def noise_predictor(cfg, x, embeds, params, sampling):
+def noise_predictor(cfg, x, embeds, params, sampling, alphas):
     """predict(x, t) of the schedulers, for Tensors of the size of latents x: `guided_noise` with all else fixed."""
     make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
@@ -410,7 +417,10 @@ def noise_predictor(cfg, x, embeds, params, sampling):
         sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
         return guided_noise(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
 
-    return predict
+    def predict_from_velocity(x, t):
+        return noise_of_velocity(predict(x, t), x, float(alphas[t]))
+
+    return predict if cfg["schedule"]["prediction_type"] == "epsilon" else predict_from_velocity
 
 
 @one_at_a_time
@@ -426,7 +436,8 @@ def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, 
     Raises NotFinite after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
     """
-    predict, alphas = noise_predictor(cfg, x, embeds, params, sampling), alphas_cumprod(cfg["schedule"])
+    alphas = alphas_cumprod(cfg["schedule"])
+    predict = noise_predictor(cfg, x, embeds, params, sampling, alphas)
     steps, strength = sampling["num_inference_steps"], sampling["strength"] or 1.0
     timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
     if known is not None:

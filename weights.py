@@ -96,7 +96,7 @@ IMPLEMENTED = {
     "feature_extractor": {"feature_extractor_type": CLASSES["feature_extractor"][1], "padding": "repeatpad",
                           "truncation": "rand_trunc", "top_db": None},
 }
-IMPLEMENTED |= {kind: {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading",
+IMPLEMENTED |= {kind: {"beta_schedule": "scaled_linear", "timestep_spacing": "leading",
                        "clip_sample": False, "thresholding": False, "trained_betas": None,
                        "rescale_betas_zero_snr": False} for kind in SCHEDULER_NAMES}
 IMPLEMENTED["PNDMScheduler"] |= {"skip_prk_steps": True}
@@ -365,7 +365,7 @@ def check_architecture(cfg):
 
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
-           "sampling.output_type": ("np", "mel", "latent")}
+           "sampling.output_type": ("np", "mel", "latent"), "schedule.prediction_type": ("epsilon", "v_prediction")}
 OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, 1000), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),

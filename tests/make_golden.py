@@ -265,26 +265,34 @@ def schedulers():
     config = pipe.scheduler.config
     x, noise = np.random.default_rng(1).standard_normal((2, 25, 12)).astype(np.float32)
     x, arrays, files = x[0], {"in_x": x[0], "in_noise": noise}, {}
+
+    def states(scheduler, steps, **options):
+        scheduler.set_timesteps(steps)
+        latents, found = torch.from_numpy(x) * scheduler.init_noise_sigma, []
+        with given_noise(iter(noise)):
+            for t in scheduler.timesteps:
+                predicted = torch.from_numpy(analytic_noise(scheduler.scale_model_input(latents, t).numpy(), int(t)))
+                latents = scheduler.step(predicted, t, latents, **options).prev_sample
+                found.append(latents.numpy().copy())
+        return np.stack(found)
+
     for name, kind in SCHEDULERS.items():
         make = functools.partial(getattr(diffusers, kind).from_config, config,
                                  **({"skip_prk_steps": True} if name == "pndm" else {}))
         for steps in (1, 2, 4, 10, 25):
             for eta in (0.0, 1.0) if name == "ddim" else (0.0,):
                 scheduler = make()
-                scheduler.set_timesteps(steps)
-                latents, states = torch.from_numpy(x) * scheduler.init_noise_sigma, []
-                with given_noise(iter(noise)):
-                    for t in scheduler.timesteps:
-                        eps = torch.from_numpy(analytic_noise(scheduler.scale_model_input(latents, t).numpy(), int(t)))
-                        latents = scheduler.step(eps, t, latents, **({"eta": eta} if eta else {})).prev_sample
-                        states.append(latents.numpy().copy())
-                arrays |= {f"{name}.{steps}.{eta:g}.timesteps": scheduler.timesteps.numpy().astype(np.int16),
-                           f"{name}.{steps}.{eta:g}.states": np.stack(states)}
+                arrays[f"{name}.{steps}.{eta:g}.states"] = states(scheduler, steps, **({"eta": eta} if eta else {}))
+                arrays[f"{name}.{steps}.{eta:g}.timesteps"] = scheduler.timesteps.numpy().astype(np.int16)
+        if name != "pndm":  # which combines velocities there and noises here
+            arrays[f"{name}.velocity"] = states(make(prediction_type="v_prediction"), 10)
         pipe.scheduler = make()
         files[kind] = json.loads(pipe.scheduler.to_json_string())
         result = run(pipe, {**CASES["guided"], "steps": 4, "scheduler": name}, np.random.default_rng(2))
         arrays |= {"in_latents": result["in_latents"], f"{name}.mel": result["mel"]}
         arrays |= {"in_latent_noise": result["in_noise"]} if "in_noise" in result else {}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction")
+    arrays["velocity.mel"] = run(pipe, {**CASES["guided"], "steps": 4}, np.random.default_rng(2))["mel"]
     np.savez_compressed(GOLDEN / "schedulers.npz", **arrays)
     (GOLDEN / "schedulers.json").write_text(json.dumps(files, indent=0) + "\n")
 

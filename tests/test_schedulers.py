@@ -26,16 +26,28 @@ def sampled(scheduler, steps, eps_fn, x, noise=(), eta=0.0):
     return timesteps, list(sample(eps_fn, x, timesteps))
 
 
+def analytic_noise(x, t):  # make_golden.py's
+    return (0.6 * np.sin(x) + 0.5 * np.cos(t / 100) * x).astype(np.float32)
+
+
 @pytest.mark.parametrize("name, steps, eta", RUNS)
 def test_timesteps_and_every_state_equal_the_reference(name, steps, eta, golden):
-    def analytic_noise(x, t):  # make_golden.py's
-        return (0.6 * np.sin(x) + 0.5 * np.cos(t / 100) * x).astype(np.float32)
-
     x = golden["in_x"].copy()
     timesteps, states = sampled(name, steps, analytic_noise, x, golden["in_noise"], float(eta))
     assert np.array_equal(timesteps, golden[f"{name}.{steps}.{eta}.timesteps"]) and np.array_equal(x, golden["in_x"])
     for i, (state, wanted) in enumerate(zip(states, golden[f"{name}.{steps}.{eta}.states"], strict=True)):
         assert relative_error(state, wanted) < 2e-6, f"evaluation {i}"
+
+
+@pytest.mark.parametrize("name", [name for name in musicldm.SCHEDULERS if name != "pndm"])
+def test_velocities_equal_the_reference(name, golden):
+    """diffusers' PNDM combines velocities, ours noises, as the paper does: they differ."""
+    def predict(x, t):
+        return musicldm.noise_of_velocity(analytic_noise(x, t), x, ALPHAS[t]).astype(np.float32)
+
+    states = sampled(name, 10, predict, golden["in_x"], golden["in_noise"])[1]
+    for i, (state, wanted) in enumerate(zip(states, golden[f"{name}.velocity"], strict=True)):
+        assert relative_error(state, wanted) < 4e-6, f"evaluation {i}"
 
 
 def exact_noise(x, t):
@@ -65,15 +77,26 @@ def test_fresh_noise_keeps_the_distribution(name, eta):
     assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - DEVIATION) < 0.02
 
 
+def in_generate(cfg, params, golden, **options):
+    """The mel of the guided case, of four steps and the stored noise."""
+    case = CASES["guided"]
+    return musicldm.generate(cfg, case["prompt"], params, audio_length_in_s=case["height"] * 0.04,
+                             num_inference_steps=4, output_type="mel", negative_prompt=case["negative_prompt"],
+                             latents=golden["in_latents"], noise=golden["in_latent_noise"], **options)
+
+
 @pytest.mark.parametrize("name", musicldm.SCHEDULERS)
 def test_in_generate_equal_to_the_reference_pipeline(name, golden, params):
-    cfg, case, calls = golden_config(f"sampling.scheduler={name}"), CASES["guided"], []
-    options = {"audio_length_in_s": case["height"] * 0.04, "num_inference_steps": 4, "output_type": "mel",
-               "negative_prompt": case["negative_prompt"], "latents": golden["in_latents"],
-               "noise": golden["in_latent_noise"], "callback": lambda i, timestep, x: calls.append((i, timestep))}
-    mel = musicldm.generate(cfg, case["prompt"], params, **options)
+    calls = []
+    mel = in_generate(golden_config(f"sampling.scheduler={name}"), params, golden,
+                      callback=lambda i, timestep, x: calls.append((i, timestep)))
     assert relative_error(mel, golden[f"{name}.mel"]) < 3e-5
     assert calls == list(enumerate(golden[f"{name}.4.0.timesteps"]))
+
+
+def test_velocities_in_generate_equal_the_reference_pipeline(golden, params):
+    mel = in_generate(golden_config("schedule.prediction_type=v_prediction"), params, golden)
+    assert relative_error(mel, golden["velocity.mel"]) < 1e-4  # the noise of a velocity is x but for a little, at first
 
 
 def test_fresh_noise_follows_from_the_seed(params):

@@ -520,3 +520,20 @@ def test_weights_of_the_noise_are_those_of_the_formulas():
     assert np.allclose(train.loss_weights(cfg, timesteps, 5, 0) * snr, np.minimum(snr, 5), rtol=1e-4)
     # v = alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * signal: an error of the noise makes one 1 / alpha ** 0.5 as large
     assert np.allclose(train.loss_weights(cfg, timesteps, 0, 1), 1 / alphas, rtol=1e-4)
+
+
+def test_velocities_weigh_and_say_what_noise_does(params, tmp_path):
+    cfg, rng = golden_config(), np.random.default_rng(0)
+    made = {"latents": [rng.standard_normal((16, 16, 8), np.float32) for _ in range(8)],
+            "vectors": rng.standard_normal((8, 16), np.float32), "captions": [np.zeros((0, 16), np.float32)] * 8,
+            "empty": np.zeros(16, np.float32)}
+    train.kept_examples(tmp_path / "examples.npz", lambda: made)
+    settings = train.stage_settings("unet", ["batch=8", "crop=0.64"])
+    (x, noise, *_, weights), (same, velocity, *_, lighter) = (train.unet_stage(
+        {**cfg, "schedule": {**cfg["schedule"], "prediction_type": kind}}, params, settings, [], 0, 1, 0, tmp_path
+    ).batch(3) for kind in ("epsilon", "v_prediction"))
+    alpha = (lighter / weights)[:, None, None, None]  # the error of the noise is alpha ** 0.5 that of the velocity
+    assert np.array_equal(x, same)
+    assert np.allclose(musicldm.noise_of_velocity(velocity, x, alpha), noise, rtol=0, atol=1e-5)
+    timesteps = [np.abs(musicldm.alphas_cumprod(cfg["schedule"]) - a).argmin() for a in alpha.ravel()]
+    assert sorted(np.array(timesteps) * 8 // 1000) == list(range(8))

@@ -262,7 +262,8 @@ def audio_ldm(checkpoint):
     (changed("text_encoder/config.json:model_type", "clap_text_model"),
      "model_type is 'clap_text_model'; implemented: 'clap'"),
     (changed("unet/config.json:act_fn", "relu"), "act_fn is 'relu'; implemented: 'silu'"),
-    (changed("scheduler/scheduler_config.json:prediction_type", "v_prediction"), "implemented: 'epsilon'"),
+    (changed("scheduler/scheduler_config.json:prediction_type", "sample"),
+     "schedule.prediction_type is 'sample'; valid: epsilon, v_prediction"),
     (changed("text_encoder/config.json:text_config.hidden_act", "relu"), "hidden_act is 'relu'"),
     (changed("vae/config.json:scaling_factor", "big"), "vae.scaling_factor is 'big'; valid: a finite number"),
 ])
@@ -379,7 +380,7 @@ def test_the_scheduler_that_a_checkpoint_was_saved_with_is_the_default(checkpoin
     ("DPMSolverMultistepScheduler", "use_karras_sigmas", True), ("DPMSolverMultistepScheduler", "solver_order", 3),
     ("PNDMScheduler", "skip_prk_steps", False), ("EulerDiscreteScheduler", "timestep_spacing", "trailing"),
     ("LMSDiscreteScheduler", "use_beta_sigmas", True), ("EulerAncestralDiscreteScheduler", "clip_sample", True),
-    ("HeunDiscreteScheduler", "prediction_type", "v_prediction")])
+    ("HeunDiscreteScheduler", "use_karras_sigmas", True)])
 def test_what_is_not_implemented_of_a_scheduler_is_refused(checkpoint, kind, key, value):
     with_scheduler(checkpoint, kind)
     changed(f"scheduler/scheduler_config.json:{key}", value)(checkpoint)

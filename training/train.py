@@ -432,21 +432,22 @@ def kept_examples(path, make, rank=0):
 
 def loss_weights(cfg, timesteps, cap, power):
     """Weights of the square errors of eps at timesteps (n,): min(SNR, cap) / SNR, or 1 where cap is 0, times
-    (1 + 1 / SNR) ** power."""
+    (1 + 1 / SNR) ** power. A square error of v is that of eps divided by alpha-bar."""
     alphas = musicldm.alphas_cumprod(cfg["schedule"])[timesteps]
     snr = alphas / (1 - alphas)
     return (np.minimum(snr, cap) / snr if cap else 1) * (1 + 1 / snr) ** power
 
 
 def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None, say=print):
-    """Prediction of the noise in latents under the CLAP vector of their audio, or for a share of them of a caption."""
+    """Prediction of the noise in latents, or of their velocity, as the checkpoint's schedule says, under the CLAP vector
+    of their audio, or for a share of them of a caption."""
     examples = kept_examples(folder / "examples.npz",
                              lambda: make_examples(cfg, params, settings, tracks, seed, say), rank)
     network, unet = make_network(trained(params["unet"])), musicldm.frozen(cfg["unet"])
     tree = network.tree
     rows = frame_count(cfg, settings["crop"], vae_factor(cfg)) // vae_factor(cfg)
     long_enough = [i for i, x in enumerate(examples["latents"]) if len(x) >= rows]
-    alphas = musicldm.alphas_cumprod(cfg["schedule"])
+    alphas, predicted = musicldm.alphas_cumprod(cfg["schedule"]), cfg["schedule"]["prediction_type"]
 
     def batch(step):
         rng, x, conditions = draws(seed, step), [], []
@@ -458,14 +459,19 @@ def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None
             conditions.append(examples["empty"] if chance[0] < settings["drop"] else
                               texts[rng.integers(len(texts))] if len(texts) and chance[1] < settings["captions"] else
                               examples["vectors"][i])
-        x, timesteps = np.stack(x), rng.integers(len(alphas), size=len(x))
+        x = np.stack(x)
+        # one in each part of the schedule: as uniform as independent ones, and the loss varies less (Kingma et al.,
+        # 2021, arXiv 2107.00630: low-discrepancy sampler)
+        timesteps = ((rng.permutation(len(x)) + rng.random(len(x))) / len(x) * len(alphas)).astype(int)
         noise, alpha = rng.standard_normal(x.shape, np.float32), alphas[timesteps][:, None, None, None]
-        return [np.sqrt(alpha) * x + np.sqrt(1 - alpha) * noise, noise, np.stack(conditions),
-                musicldm.timestep_embedding(timesteps, unet["block_out_channels"][0]),
-                loss_weights(cfg, timesteps, settings["snr_cap"], settings["snr_power"]).astype(np.float32)]
+        wanted, weights = noise, loss_weights(cfg, timesteps, settings["snr_cap"], settings["snr_power"])
+        if predicted == "v_prediction":
+            wanted, weights = musicldm.add_noise(noise, -x, alpha), weights * alphas[timesteps]
+        return [musicldm.add_noise(x, noise, alpha), wanted, np.stack(conditions),
+                musicldm.timestep_embedding(timesteps, unet["block_out_channels"][0]), weights.astype(np.float32)]
 
-    def loss(x, noise, conditions, sinusoids, weights):
-        error = musicldm.unet(x, sinusoids, conditions, tree, unet, False) - noise
+    def loss(x, wanted, conditions, sinusoids, weights):
+        error = musicldm.unet(x, sinusoids, conditions, tree, unet, False) - wanted
         return ((error * error).reshape(x.shape[0], -1).mean(1) * weights).mean()
 
     return types.SimpleNamespace(networks={"unet": network}, rates={"unet": settings["learning_rate"]}, batch=batch,
