@@ -3,7 +3,7 @@
 It reads from top to bottom as the pipeline runs. With the published sizes, one prompt and 10.24 s:
     tokens (1, 16) of the prompt
     -> clap_text: CLAP's vector (1, 512)
-    -> noise (1, 256, 16, 8), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
+    -> noise (1, 8, 256, 16), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
     -> vae_decode: log-mel spectrogram (1, 1024, 64)
     -> hifigan: waveform (1, 163872) at 16 kHz, of which render keeps 163840 samples
 `generate` joins them. What follows serves it: CLAP's audio tower, music that goes in, the tokenizer, checks, and the
@@ -75,7 +75,7 @@ def clap_text(ids, positions, mask, text_model, text_projection, cfg):
 
 
 def unet(x, sinusoids, embeds, p, cfg, loop):
-    """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise in latents x, given CLAP vectors.
+    """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise or velocity in latents x, given CLAP vectors.
 
     x (N, H, W, 8), sinusoids (1 or N, block_out_channels[0]) of the timestep, embeds (N, projection_dim), diffusers'
     class_labels -> (N, H, W, 8)
@@ -121,7 +121,7 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
 
 @mindspore.jit
 def guided_noise(x, sinusoids, embeds, guidance_scale, p, cfg, loop):
-    """The noise in latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
+    """`unet` of latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
 
     embeds (2 N, projection_dim): what to steer away from, then the prompts; or (N, projection_dim), the prompts alone.
     """
@@ -176,7 +176,7 @@ def hifigan(mel, p, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
-# Each yields what the `step` of diffusers' scheduler returns, after every UNet evaluation. Their inputs:
+# Each yields what diffusers' `step` returns (but see pndm), after every UNet evaluation. Their inputs:
 #   predict(x, t) returns the noise in x at timestep t, x being `add_noise` of a signal at alphas[t]
 #   x is where to start: unit normal noise, or music noised to the first timestep; of any array type, not changed
 #   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
@@ -222,19 +222,19 @@ def timestep_embedding(timesteps, channels):
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def ddim_step(x, noise_pred, alpha, previous, sigma=0.0):
-    """x at alpha-bar `alpha` and the noise in it -> x at alpha-bar `previous`, sigma of noise left to add."""
+def ddim_step(x, noise_pred, alpha, end, sigma=0.0):
+    """x at alpha-bar `alpha` and the noise in it -> x at alpha-bar `end`, but for sigma times fresh noise."""
     clean = (x - (1 - alpha) ** 0.5 * noise_pred) / alpha ** 0.5
-    return previous ** 0.5 * clean + (1 - previous - sigma ** 2) ** 0.5 * noise_pred
+    return end ** 0.5 * clean + (1 - end - sigma ** 2) ** 0.5 * noise_pred
 
 
 def ddim(predict, x, timesteps, alphas, *, steps, final_alpha, eta=0.0, noise=None):
     """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
     step = len(alphas) // steps
     for t in timesteps:
-        alpha, previous = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
-        sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
-        x = ddim_step(x, predict(x, int(t)), alpha, previous, sigma)
+        alpha, end = float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha)
+        sigma = eta * ((1 - end) / (1 - alpha) * (1 - alpha / end)) ** 0.5
+        x = ddim_step(x, predict(x, int(t)), alpha, end, sigma)
         if eta > 0:
             x = x + sigma * next(noise)
         yield x
@@ -352,8 +352,8 @@ def add_noise(x, noise, alpha):
 
 
 def noise_of_velocity(velocity, x, alpha):
-    """The noise in x, which is `add_noise` of a signal, of its velocity: alpha ** 0.5 * noise - (1 - alpha) ** 0.5 *
-    signal, what a UNet of prediction_type v_prediction predicts (Salimans & Ho, 2022, appendix D)."""
+    """The velocity in x = add_noise(signal, noise, alpha) -> the noise. A UNet with v_prediction predicts the velocity,
+    alpha ** 0.5 * noise - (1 - alpha) ** 0.5 * signal (Salimans & Ho, 2022, arXiv 2202.00512, appendix D)."""
     return alpha ** 0.5 * velocity + (1 - alpha) ** 0.5 * x
 
 
@@ -406,7 +406,7 @@ def prompt_vectors(cfg, prompts, params, audio_embeds=None, weight=0.5):
 
 
 def noise_predictor(cfg, x, embeds, params, sampling, alphas):
-    """predict(x, t) of the schedulers, for Tensors of the size of latents x: `guided_noise` with all else fixed."""
+    """predict(x, t) of the schedulers, for Tensors of the size of latents x: by `guided_noise` with all else fixed."""
     make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
@@ -415,12 +415,11 @@ def noise_predictor(cfg, x, embeds, params, sampling, alphas):
 
     def predict(x, t):
         sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
-        return guided_noise(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
+        predicted = guided_noise(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
+        is_noise = cfg["schedule"]["prediction_type"] == "epsilon"
+        return predicted if is_noise else noise_of_velocity(predicted, x, float(alphas[t]))
 
-    def predict_from_velocity(x, t):
-        return noise_of_velocity(predict(x, t), x, float(alphas[t]))
-
-    return predict if cfg["schedule"]["prediction_type"] == "epsilon" else predict_from_velocity
+    return predict
 
 
 @one_at_a_time
@@ -503,7 +502,7 @@ def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None
     """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
 
     x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
-    original (n or 1, samples): music to start from, which stays but for the parts in sampling["repaint"]
+    original (n or 1, samples): music to start from; with parts in sampling["repaint"] it stays outside of them
     """
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     known = kept = None

@@ -432,15 +432,15 @@ def kept_examples(path, make, rank=0):
 
 def loss_weights(cfg, timesteps, cap, power):
     """Weights of the square errors of eps at timesteps (n,): min(SNR, cap) / SNR, or 1 where cap is 0, times
-    (1 + 1 / SNR) ** power. A square error of v is that of eps divided by alpha-bar."""
+    (1 + 1 / SNR) ** power. Of v they are alpha-bar times these, as its errors are larger."""
     alphas = musicldm.alphas_cumprod(cfg["schedule"])[timesteps]
     snr = alphas / (1 - alphas)
     return (np.minimum(snr, cap) / snr if cap else 1) * (1 + 1 / snr) ** power
 
 
 def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None, say=print):
-    """Prediction of the noise in latents, or of their velocity, as the checkpoint's schedule says, under the CLAP vector
-    of their audio, or for a share of them of a caption."""
+    """Prediction of latents' noise, or of their velocity, as the checkpoint's schedule says, under the CLAP vector of
+    their audio, or for a share of them of a caption."""
     examples = kept_examples(folder / "examples.npz",
                              lambda: make_examples(cfg, params, settings, tracks, seed, say), rank)
     network, unet = make_network(trained(params["unet"])), musicldm.frozen(cfg["unet"])
@@ -460,13 +460,13 @@ def unet_stage(cfg, params, settings, tracks, seed, processes, rank, folder=None
                               texts[rng.integers(len(texts))] if len(texts) and chance[1] < settings["captions"] else
                               examples["vectors"][i])
         x = np.stack(x)
-        # one in each part of the schedule: as uniform as independent ones, and the loss varies less (Kingma et al.,
-        # 2021, arXiv 2107.00630: low-discrepancy sampler)
+        # one in each 1 / batch of the schedule: each is uniform, and the loss varies less (after Kingma et al., 2021,
+        # arXiv 2107.00630, who shift a single draw)
         timesteps = ((rng.permutation(len(x)) + rng.random(len(x))) / len(x) * len(alphas)).astype(int)
         noise, alpha = rng.standard_normal(x.shape, np.float32), alphas[timesteps][:, None, None, None]
         wanted, weights = noise, loss_weights(cfg, timesteps, settings["snr_cap"], settings["snr_power"])
         if predicted == "v_prediction":
-            wanted, weights = musicldm.add_noise(noise, -x, alpha), weights * alphas[timesteps]
+            wanted, weights = np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * x, weights * alphas[timesteps]
         return [musicldm.add_noise(x, noise, alpha), wanted, np.stack(conditions),
                 musicldm.timestep_embedding(timesteps, unet["block_out_channels"][0]), weights.astype(np.float32)]
 
