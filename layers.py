@@ -437,7 +437,7 @@ def attend(q, k, v, bias):
 
 
 class RowSoftmax(nn.Cell):
-    """Softmax over the last axis of x (..., L), with products in the gradient for sums and broadcasts, slow on a CPU."""
+    """Softmax over the last axis of x (..., L), with products in the gradient for sums and broadcasts, slow on CPUs."""
 
     def construct(self, x):
         return ops.Softmax(-1)(x)

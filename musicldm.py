@@ -120,21 +120,21 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
 
 
 @mindspore.jit
-def guided_noise(x, sinusoids, embeds, guidance_scale, p, cfg, loop):
+def guided_prediction(x, sinusoids, embeds, guidance_scale, p, cfg, loop):
     """`unet` of latents x (N, H, W, 8), under classifier-free guidance (Ho & Salimans, 2022) if embeds has 2 N rows.
 
     embeds (2 N, projection_dim): what to steer away from, then the prompts; or (N, projection_dim), the prompts alone.
     """
     if embeds.shape[0] == x.shape[0]:
         return unet(x, sinusoids, embeds, p, cfg, loop)
-    noise_pred = unet(ops.cat((x, x), 0), sinusoids, embeds, p, cfg, loop)
-    unconditional, conditional = noise_pred[:x.shape[0]], noise_pred[x.shape[0]:]
+    predicted = unet(ops.cat((x, x), 0), sinusoids, embeds, p, cfg, loop)
+    unconditional, conditional = predicted[:x.shape[0]], predicted[x.shape[0]:]
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
 @mindspore.jit
 def vae_decode(x, p, cfg, loop):
-    """diffusers' AutoencoderKL.decode: latents x (N, H, W, 8), divided by scaling_factor -> log-mel (N, 4 H, 4 W)."""
+    """diffusers' AutoencoderKL.decode: latents x / scaling_factor (N, H, W, 8) -> log-mel (N, 4 H, 4 W)."""
     groups, eps = cfg["norm_num_groups"], 1e-6
     x = layers.conv1x1(x, p["post_quant_conv"])
     p = p["decoder"]
@@ -182,7 +182,7 @@ def hifigan(mel, p, cfg):
 #   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
 #   steps is num_inference_steps, which sets how far timesteps are apart: a strength below 1 leaves out the first
 #   final_alpha is alpha-bar after the last step; noise is an iterator of unit normal arrays like x
-# ddim, pndm and dpm yield x in that scale; lms, heun and the Eulers yield signal + sigma * noise, as diffusers does.
+# ddim, pndm and dpm yield such an x too; lms, heun and the Eulers yield signal + sigma * noise, as diffusers does.
 
 def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
@@ -361,7 +361,8 @@ def keeping(predict, known, kept, alphas):
     """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is what leads back to the latents
     `known`, (n or 1, H, W, C). So every scheduler has them there after each step, at that step's level of noise.
 
-    Lugmayr et al. (2022, arXiv 2201.09865, equation 8), but with one noise throughout and without resampling.
+    Lugmayr et al. (2022, arXiv 2201.09865, equation 8), but by the noise rather than by x itself, so with one noise
+    throughout, and without resampling.
     """
     def predict_kept(x, t):
         alpha = float(alphas[t])
@@ -406,7 +407,7 @@ def prompt_vectors(cfg, prompts, params, audio_embeds=None, weight=0.5):
 
 
 def noise_predictor(cfg, x, embeds, params, sampling, alphas):
-    """predict(x, t) of the schedulers, for Tensors of the size of latents x: by `guided_noise` with all else fixed."""
+    """predict(x, t) of the schedulers, for Tensors of x's size: the noise, by `guided_prediction`, all else fixed."""
     make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
@@ -415,7 +416,7 @@ def noise_predictor(cfg, x, embeds, params, sampling, alphas):
 
     def predict(x, t):
         sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
-        predicted = guided_noise(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
+        predicted = guided_prediction(x, sinusoids, embeds, scale, p, unet_cfg, sampling["loop"])
         is_noise = cfg["schedule"]["prediction_type"] == "epsilon"
         return predicted if is_noise else noise_of_velocity(predicted, x, float(alphas[t]))
 
@@ -424,7 +425,7 @@ def noise_predictor(cfg, x, embeds, params, sampling, alphas):
 
 @one_at_a_time
 def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, kept=None):
-    """Unit normal x np.float32 (n, 8, h, w) -> latents of that shape: the scheduler's loop around `guided_noise`.
+    """Unit normal x np.float32 (n, 8, h, w) -> latents of that shape: a scheduler's loop around `guided_prediction`.
 
     noise: an iterator of more such arrays, one a step, for schedulers that mix in fresh noise
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
@@ -1012,7 +1013,7 @@ def padded_length(cfg, tokens):
 
 # ------------------------------------------------------------------------------------------------- sizes, seeds, checks
 
-SIZES, COMPILED = 24, set()  # how many sizes of UNet, VAE and vocoder have compiled graphs at most, and which do
+SIZES, COMPILED = 24, set()  # how many sizes, of all models together, have compiled graphs at most, and which do
 
 
 def make_room(cfg, model, *size):

@@ -51,8 +51,8 @@ CLASSES = {"text_encoder": ("transformers", "ClapModel"), "tokenizer": ("transfo
            "unet": ("diffusers", "UNet2DConditionModel"), "scheduler": ("diffusers", "DDIMScheduler"),
            "vae": ("diffusers", "AutoencoderKL"), "vocoder": ("transformers", "SpeechT5HifiGan")}
 SCHEDULER_NAMES = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm", "PNDMScheduler": "pndm",
-              "LMSDiscreteScheduler": "lms", "HeunDiscreteScheduler": "heun", "EulerDiscreteScheduler": "euler",
-              "EulerAncestralDiscreteScheduler": "euler_ancestral"}
+                   "LMSDiscreteScheduler": "lms", "HeunDiscreteScheduler": "heun", "EulerDiscreteScheduler": "euler",
+                   "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 # Those classes' own defaults (__init__ in diffusers 0.33.1 and transformers 4.57.1) of keys that a file may leave out,
 # where the default is neither the published value (config.yaml) nor the implemented one.

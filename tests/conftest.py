@@ -18,6 +18,7 @@ GOLDEN = pathlib.Path(__file__).with_name("golden")
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 musicldm.SIZES = 1000  # all of the suite's graphs are kept: compiling them again would take minutes
 STAGES = ("prompt_embeds", "step_latents", "mel", "audio")  # of make_golden.py
+ENVIRONMENT = dict(os.environ)  # for subprocesses: a test that sets variables may run beside the one that starts them
 
 
 def golden_config(*overrides):

@@ -277,7 +277,7 @@ def recorded(cfg, seconds, n, loop=False):
                 musicldm.clap_audio.__wrapped__(x, tower["audio_model"]["audio_encoder"], tower["audio_projection"],
                                                 audio)
             if model == "unet":
-                musicldm.guided_noise.__wrapped__(
+                musicldm.guided_prediction.__wrapped__(
                     shape((n, h, w, channels), dtype), shape((1, unet["block_out_channels"][0]), dtype),
                     shape((2 * n, cfg["text_encoder"]["projection_dim"]), dtype), shape((), dtype), p["unet"], unet,
                     loop)
@@ -393,9 +393,9 @@ def test_the_estimate_of_memory_covers_what_lives_at_once(seconds, n, ascend, mo
 @pytest.mark.parametrize("dtype, hf32", [("float32", False), ("hf32", True)])
 def test_a_device_is_set_up_first_and_has_each_parameter_once(dtype, hf32, ascend, monkeypatch):
     """And a run without a callback does not look at its latents before they are done."""
-    cfg, guided_noise, to_numpy = golden_config(f"dtype={dtype}"), musicldm.guided_noise, musicldm.to_numpy
+    cfg, predict, to_numpy = golden_config(f"dtype={dtype}"), musicldm.guided_prediction, musicldm.to_numpy
     cfg["unet"]["compiled_for"] = "this test"  # MindSpore takes a graph again that it has for the same arguments
-    monkeypatch.setattr(musicldm, "guided_noise", lambda *given: ascend.append(("step", None)) or guided_noise(*given))
+    monkeypatch.setattr(musicldm, "guided_prediction", lambda *given: ascend.append(("step", None)) or predict(*given))
     monkeypatch.setattr(musicldm, "to_numpy", lambda x: ascend.append(("read", None)) or to_numpy(x))
     params = weights.load_params(cfg)
     loaded = len(weights.flatten(params))

@@ -18,7 +18,7 @@ import mindspore
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN, golden_config
+from conftest import ENVIRONMENT, GOLDEN, golden_config
 from PIL import Image
 
 import musicldm
@@ -49,7 +49,7 @@ def in_a_process(line, folder):
     folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_bytes(LINES)
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
-        **os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": f"{python.parent}:{os.environ['PATH']}"})
+        **ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": f"{python.parent}:{ENVIRONMENT['PATH']}"})
     assert done.returncode == 0, done.stdout  # msrun starts "python" by this name
     return command, done.stdout
 

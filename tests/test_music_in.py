@@ -116,7 +116,8 @@ def test_takes_are_ranked_as_they_are_heard(params):
     vector = musicldm.prompt_vectors(cfg, "a", params, heard)
     scores = musicldm.encode_audio(cfg, np.stack(alone), params) @ vector[0]
     order = np.argsort(-scores)
-    assert np.array_equal(takes, np.stack(alone)[order])
+    # the bar of waveforms: a batch's other sizes round otherwise; the two takes are 0.7 apart
+    assert np.abs(takes - np.stack(alone)[order]).max() < 2e-4
 
 
 def test_the_command_line_is_generate(music, params):

@@ -314,11 +314,11 @@ def test_a_result_that_is_not_finite_is_an_error(params):
     ("CPU", 1, 1, []), ("CPU", 3, 3, [0]), ("Ascend", 2, 4, [0]), ("Ascend", 5, 5, [0, 3])])
 def test_a_step_that_goes_wrong_is_named(device, broken, named, called, params, monkeypatch):
     """On a CPU at once; elsewhere when the latents are read, every third step here and at the end."""
-    calls, steps, guided_noise = itertools.count(1), [], musicldm.guided_noise
+    calls, steps, guided_prediction = itertools.count(1), [], musicldm.guided_prediction
     params = {**params, "unet": musicldm.prepared(golden_config(), params["unet"])}
     monkeypatch.setattr(weights, "use_device", lambda cfg: device)
     monkeypatch.setattr(weights, "card", lambda cfg: None)
-    monkeypatch.setattr(musicldm, "guided_noise", lambda *given: guided_noise(*given) * (
+    monkeypatch.setattr(musicldm, "guided_prediction", lambda *given: guided_prediction(*given) * (
         float("nan") if next(calls) == broken else 1.0))
     with pytest.raises(weights.NotFinite, match=f"NaN or Inf in the latents after step {named} of 5"):
         musicldm.generate(golden_config(), "a", params, num_inference_steps=5, audio_length_in_s=0.32,

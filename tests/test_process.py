@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import golden_config
+from conftest import ENVIRONMENT, golden_config
 
 import musicldm
 import weights
@@ -21,7 +21,7 @@ def in_a_process(script, home=None):
     begin = "import os, musicldm, weights\nfrom conftest import golden_config\ncfg = golden_config()\n"
     paths = os.pathsep.join(str(pathlib.Path(module.__file__).parent) for module in (musicldm, sys.modules[__name__]))
     result = subprocess.run([sys.executable, "-c", begin + "params = weights.load_params(cfg)\n" + script], text=True,
-                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=120, check=True)
+                            stdout=subprocess.PIPE, env={**ENVIRONMENT, "PYTHONPATH": paths}, timeout=120, check=True)
     return result.stdout.splitlines()
 
 
