@@ -54,6 +54,11 @@ def test_the_spectrum_of_noise_and_of_a_tone():
     assert evaluate.flatness(tone) < 1e-3
 
 
+def test_what_repeats_itself_with_every_frame_hums():
+    assert evaluate.hum(np.tile(NOISE[:160], 1024)) > 0.99
+    assert evaluate.hum(NOISE) == pytest.approx(0.02, abs=0.005) and evaluate.hum(tones([0, 4, 7])) < 0.05
+
+
 def test_a_scale_has_a_key_and_all_notes_have_none():
     (found, clear), (moved, as_clear) = (evaluate.key(tones([note + by for note in SCALE])) for by in (0, 5))
     assert clear > 0.75 and as_clear == pytest.approx(clear, abs=0.1) and evaluate.key(tones(range(12)))[1] < 0.5

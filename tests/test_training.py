@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
-from conftest import GOLDEN, golden_config, relative_error
+from conftest import ENVIRONMENT, GOLDEN, golden_config, relative_error
 from mindspore import Tensor, ops
+from scipy import signal as dsp
 from scipy import stats
 from waveforms import SECONDS, SPOKEN, sketch, waveform
 
@@ -119,6 +120,17 @@ def test_latents_and_log_mel_equal_the_references(stored, params):
     assert relative_error(again[:, :, 1:-1], latents[:1, :, 1:-1]) < 0.05
 
 
+@pytest.mark.parametrize("size", [512, 1024, 2048])
+def test_the_loss_sees_the_spectrogram_that_scipy_makes(size):
+    x = np.random.default_rng(0).standard_normal((2, 4800)).astype(np.float32) * 0.1
+    _, _, found = dsp.stft(x, window="hann", nperseg=size, noverlap=size - 160, boundary=None, padded=False)
+    filters = musicldm.mel_filters({"fft_window_size": size, "sampling_rate": 16000, "frequency_min": 0,
+                                    "frequency_max": 8000, "feature_size": size // 16})
+    expected = np.log(np.maximum(np.abs(found).transpose(0, 2, 1) * (size / 2) @ filters, 1e-5))
+    made = losses.log_mel(Tensor(x), size, 160, size // 16, 16000).asnumpy().reshape(2, -1, size // 16)
+    assert np.abs(made - expected[:, :made.shape[1]]).max() < 1e-4
+
+
 @pytest.mark.parametrize("audio, rate, message", [
     ([np.zeros(10), np.zeros(11)], 16000, "several lengths"), (np.zeros(10, int), 16000, "floating-point"),
     (np.array([np.nan]), 16000, "NaN"), (np.zeros(10), 10, "sampling_rate"),
@@ -194,7 +206,7 @@ CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright syn
 TINY = {"clap": {"batch": 8, "crop": 1.0, "learning_rate": 3e-3, "warmup": 10},
         "vae": {"batch": 4, "crop": 0.32, "learning_rate": 5e-3, "warmup": 10},
         "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [2, 4],
-                    "adversarial_from": 50},
+                    "adversarial_from": 50, "mel_windows": [512, 1024]},
         "unet": {"batch": 8, "crop": 0.32, "segment": 1.28, "learning_rate": 5e-3, "warmup": 10, "ema": 0.9}}
 STEPS = {"clap": 80, "vae": 90, "vocoder": 52, "unet": 60}
 
@@ -250,9 +262,9 @@ def readme_commands(start, folder):
             for line in text.splitlines() if line.startswith(f"python {start}")]
 
 
-def run(command, **options):
+def run(command, env=ENVIRONMENT):
     """What a command printed that ends well."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     assert done.returncode == 0, done.stdout[-2000:]
     return done.stdout
 
@@ -358,7 +370,8 @@ def stop_and_go_on(home):
     command[out] = broken = f"{command[out]}-stopped"
 
     def signalled(step, number):
-        return subprocess.run([sys.executable, "-c", SIGNALLED, str(step), str(int(number)), *command]).returncode
+        return subprocess.run([sys.executable, "-c", SIGNALLED, str(step), str(int(number)), *command],
+                              env=ENVIRONMENT).returncode
 
     assert signalled(3, signal.SIGINT) == 130 and (pathlib.Path(broken) / "checkpoint" / "vae").is_dir()
     assert signalled(60, signal.SIGKILL) == 256 - signal.SIGKILL
@@ -385,7 +398,7 @@ def step_as_one_and_two(home):
         run([*launch, train.__file__, "clap", "--data", str(home / "corpus"), "--weights",
              str(home / "runs" / "unet" / "checkpoint"), "--out", str(folder), "--steps", "1",
              *(part for text in overrides("clap") for part in ("--set", text))], env={  # msrun starts the PATH's python
-                 **os.environ, "PATH": f"{msrun.parent}{os.pathsep}{os.environ['PATH']}"})
+                 **ENVIRONMENT, "PATH": f"{msrun.parent}{os.pathsep}{ENVIRONMENT['PATH']}"})
         states.append(safetensors.numpy.load_file(folder / "state.safetensors"))
     return states
 
@@ -464,6 +477,8 @@ def test_mistakes_are_one_line(arguments, message, corpus, tmp_path, capsys, mon
     ("vocoder", [], "--weights is random; valid for vocoder"), ("clap", [], "two tracks have captions"),
     ("unet", ["--set", "crop=2.0"], "crop is 2; valid: up to 1.28"),
     ("unet", ["--set", "segment=0.64"], "crop is 5.12; valid: up to 0.64"),
+    ("vocoder", ["--set", "crop=0.12"], "crop is 0.12; valid: from 0.128, twice the longest of mel_windows"),
+    ("vocoder", ["--set", "mel_windows=[1000]"], "mel_windows is [1000]; valid: of 256, 512"),
 ])
 def test_what_a_stage_could_not_learn_from_is_refused_first(stage, arguments, message, corpus, tmp_path, capsys):
     tracks = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ corpus's validation split. The rows:
     random   the model with random weights but for CLAP: the floor
 Tempo, percussion, spectrum, key and style are measured by signal processing alone, without the model's own networks.
 
-    python training/evaluate.py --weights DIR --data CORPUS --settings num_inference_steps=1000 scheduler=dpm,eta=0 ...
+    python training/evaluate.py --weights DIR --data CORPUS --settings num_inference_steps=999 scheduler=dpm,eta=0 ...
 
 has a row of takes for each of several settings of the section sampling, with the same noise; the last measure is the
 RMS distance of their log-mel spectrograms from the first row's.
@@ -99,6 +99,17 @@ def key(audio):
             for mode, profile in PROFILES.items() for tonic in range(12)}
     best = max(fits, key=fits.get)
     return best, fits[best]
+
+
+def hum(audio):
+    """The share of power above 300 Hz within 1 Hz of multiples of 100 Hz, at which spectrograms have their frames.
+
+    A vocoder that has not learned pitch repeats itself with each of them. White noise has 0.02.
+    """
+    power = np.abs(np.fft.rfft(audio * np.hanning(len(audio)))) ** 2
+    frequencies = np.fft.rfftfreq(len(audio), 1 / RATE)
+    above, near = frequencies > 300, np.abs((frequencies + 50) % 100 - 50) < 1
+    return float(power[above & near].sum() / power[above].sum())
 
 
 def style_features(audio):
@@ -213,6 +224,7 @@ def judge(made, real, known, vectors, read):
         "drums / strings": mean(drums) / mean(strings),
         "centroid, octaves off": mean(np.abs(shapes[:, 0])), "flatness, octaves off": mean(np.abs(shapes[:, 1])),
         "key clarity": mean([key(audio)[1] for style, (_, audio) in zip(styles, made) if style != "drums alone"]),
+        "hum": mean([hum(audio) for _, audio in made]),
         "Frechet distance": frechet_distance(own, vectors["validation"]),
         "text-audio cosine": mean((own * read).sum(1)) if read is not None else math.nan,
         "SIM_AA@90": share_near(own, vectors["training"], 0.90),

@@ -50,6 +50,7 @@ RANGES = {"batch": (1, 4096), "crop": (0.08, 600), "segment": (0.08, 600), "lear
           "drop": (0, 1), "captions": (0, 1), "snr_cap": (0, math.inf), "snr_power": (0, 1),
           "kl_weight": (0, math.inf), "mel_weight": (0, math.inf), "feature_weight": (0, math.inf),
           "adversarial_from": (0, math.inf), "through_vae": (0, 1), "discriminator_learning_rate": (0, 1)}
+MEL_WINDOWS = (256, 512, 1024, 2048, 4096)  # samples
 FREE = ("save_minutes", "report_steps")  # settings that a run may change when it goes on
 BETAS, EPSILON = (0.9, 0.99), 1e-8  # AdamW's
 STATE = ("weights", "first", "second", "average")  # AdamW's weights and moments, and EMA's weights
@@ -70,6 +71,8 @@ def stage_settings(stage, overrides=()):
         raise InputError(f"mixup is {settings['mixup']!r}; valid: bam, blm, none")
     if not all(channels > 0 for channels in settings.get("discriminator_channels", [])):
         raise InputError(f"discriminator_channels is {settings['discriminator_channels']}; valid: above 0")
+    if not all(size in MEL_WINDOWS for size in settings.get("mel_windows", [])):
+        raise InputError(f"mel_windows is {settings['mel_windows']}; valid: of {', '.join(map(str, MEL_WINDOWS))}")
     return settings
 
 
@@ -288,7 +291,7 @@ def vocoder_stage(cfg, params, settings, tracks, seed, processes, rank):
     judges_tree = judges.tree
     factor = vae_factor(cfg) if settings["through_vae"] else 1
     frames = frame_count(cfg, settings["crop"], factor)
-    mel_sizes = (1024, math.prod(vocoder["upsample_rates"]), vocoder["model_in_dim"], vocoder["sampling_rate"])
+    hop, windows = math.prod(vocoder["upsample_rates"]), settings["mel_windows"]
 
     def batch(step):
         rng = draws(seed, step)
@@ -304,14 +307,21 @@ def vocoder_stage(cfg, params, settings, tracks, seed, processes, rank):
     def fake(mel, real):
         return musicldm.hifigan(mel, tree, vocoder)[:, :real.shape[1]]  # the published one has 32 samples more
 
+    def mel_distance(made, real):
+        total = 0.0
+        for size in windows:  # a longer one has as many more bands, to tell apart frequencies that are closer
+            total = total + losses.mel_distance(made, real, size, hop, vocoder["model_in_dim"] * size // 1024,
+                                                vocoder["sampling_rate"])
+        return mel_weight / len(windows) * total
+
     def mel_loss(mel, real):
-        return mel_weight * losses.mel_distance(fake(mel, real), real, *mel_sizes)
+        return mel_distance(fake(mel, real), real)
 
     def generator_loss(mel, real):
         made = fake(mel, real)
         scores, features = losses.discriminators(made, judges_tree, channels)
         _, wanted = losses.discriminators(real, judges_tree, channels)
-        return (mel_weight * losses.mel_distance(made, real, *mel_sizes) + losses.adversarial(scores)
+        return (mel_distance(made, real) + losses.adversarial(scores)
                 + feature_weight * losses.feature_matching(wanted, features))
 
     def discriminator_loss(mel, real):
@@ -515,6 +525,11 @@ def check_tracks(cfg, stage, settings, tracks):
                          f"{'CLAP and the VAE' if stage == 'unet' else 'the VAE'}, such as RUN/checkpoint")
     if stage == "clap" and sum(bool(track.get("captions")) for track in tracks) < 2:
         raise InputError("--data: fewer than two tracks have captions; valid for clap: captions for every track")
+    if stage == "vocoder":
+        shortest = 2 * max(settings["mel_windows"]) / cfg["vocoder"]["sampling_rate"]
+        if settings["crop"] < shortest:
+            raise InputError(f"crop is {settings['crop']:g}; valid: from {shortest:g}, twice the longest of "
+                             "mel_windows")
     if stage == "unet":
         longest = min(settings["segment"], max(track["samples"] / track["rate"] for track in tracks))
         if longest < settings["crop"]:
