@@ -1,5 +1,4 @@
 """The checkpoint in demo/, heard with numbers as the README plays it."""
-import os
 import pathlib
 import re
 import shlex
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
-from conftest import GOLDEN
+from conftest import ENVIRONMENT, GOLDEN
 from test_command_line import ROOT, readme_commands
 
 import musicldm
@@ -32,8 +31,8 @@ def play(home):
     assert len(music_in) == 3
     commands = [listen, *([re.sub("^50$", "2", word) for word in command] for command in music_in), LOOP]
     script = f"import musicldm, sys\nsys.exit(max(map(musicldm.main, {commands})))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          text=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, text=True, stdout=subprocess.PIPE,
+                          env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")})
     assert done.returncode == 0, done.stdout
     return folder, done.stdout
 
@@ -71,6 +70,10 @@ def test_it_plays_its_own_length_when_nobody_names_weights(heard):
         **dict.fromkeys(("music_1", "music_2", "music_3", "variation", "repainted"), 163840), "longer": 323840,
         **dict.fromkeys(("loop_1", "loop_2", "loop_3"), 40960)}
     assert all(0.02 < audio.std() < 0.5 for audio in heard.values())
+
+
+def test_techno_has_its_tempo(heard):
+    assert evaluate.same_tempo(evaluate.tempo(heard["music_1"]), 130)
 
 
 def test_drums_are_more_percussive_than_strings(heard):
