@@ -280,8 +280,8 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, settings=None, sa
 def music_in(cfg, params, tracks, prompts, say=print):
     """{row: {measure: number}} of what is made from eight validation clips, each of another style.
 
-    A variation is asked for the next clip's style. What is repainted is the middle, three fifths of a clip; what is
-    added is twice a clip. The new part's tempo is compared with that of the clip's notes, its key with the clip's.
+    A variation is asked for the next clip's style, what is new in a clip for its own style and tempo. Repainted is the
+    middle, three fifths of a clip; added is twice a clip. The new part's tempo is compared with that of the clip's notes, its key with the clip's.
     """
     originals = [track for track in of_each_style(data.of_split(tracks, "validation"), 1) if track["key"]][:8]
     asked = {prompt["style"]: prompt["prompt"] for prompt in prompts}
@@ -296,7 +296,8 @@ def music_in(cfg, params, tracks, prompts, say=print):
         for i, track in enumerate(originals):
             clip = data.crop(track, 0, SECONDS, RATE).astype(np.float32)
             style = originals[(i + 1) % len(originals)]["style"] if "strength" in options else track["style"]
-            audio, = musicldm.generate(cfg, asked[style], params, init_audio=(clip, RATE), seed=i, **options)
+            prompt = asked[style] if "strength" in options else f"{style} at {track['tempo']:g} bpm"
+            audio, = musicldm.generate(cfg, prompt, params, init_audio=(clip, RATE), seed=i, **options)
             new = audio[round(begin * RATE):round(end * RATE)] if row == "repainted" else audio[-len(clip):]
             places = {"repainted": [round(begin * RATE), round(end * RATE)], "extended": [len(clip)]}.get(row, [])
             found.append({"distance to the clip": rms_distance(cfg, audio[:len(clip)], clip),
