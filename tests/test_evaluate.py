@@ -135,9 +135,12 @@ def test_music_in(tracks, params, monkeypatch):
     given = [{**track, "key": "C", "tempo": 100} for track in tracks]
     cfg = golden_config("sampling.num_inference_steps=5", "unet.sample_size=8")
     found = evaluate.music_in(cfg, params, given, prompts, say=lambda text: None)
-    assert [*found] == ["strength 0.2", "strength 0.5", "strength 0.8", "repainted", "extended"]
-    distances = [found[row]["distance to the clip"] for row in found]
-    assert distances[4] < distances[3] < distances[2] and distances[0] < distances[1] < distances[2]
+    assert [*found] == ["round trip", "strength 0.2", "strength 0.5", "strength 0.8", "repainted", "extended",
+                        "extended, led by the clip"]
+    distances = [row["distance to the clip"] for row in found.values()]
+    assert distances[0] < distances[1] < distances[2] < distances[3]
+    assert distances[5] < distances[4] < distances[3] and distances[6] < distances[4]
+    assert found["extended"] != found["extended, led by the clip"]
     assert math.isnan(found["strength 0.5"]["roughness of joins"]) and found["extended"]["roughness of joins"] > 0
 
 

@@ -178,6 +178,12 @@ def of_each_style(tracks, count):
             for track in [x for x in tracks if x["style"] == style][:count]]
 
 
+def round_trip(cfg, audio, params):
+    """A clip (samples,) as the VAE and the vocoder give it back: the ceiling of whatever a UNet learns."""
+    mel = musicldm.decode_latents(cfg, musicldm.encode_latents(cfg, audio, params, RATE), params)
+    return musicldm.vocode(cfg, mel, params)[0, :len(audio)]
+
+
 def make_row(row, cfg, params, validation, prompts, seeds, say=print):
     """[(request, waveform)] of one of ROWS; a request is a dict with style, tempo (or None) and for prompts prompt."""
     def sound(track):
@@ -186,11 +192,7 @@ def make_row(row, cfg, params, validation, prompts, seeds, say=print):
     if row == "corpus":
         return [(track, sound(track)) for track in validation]
     if row == "ceiling":
-        found = []
-        for track in validation:
-            mel = musicldm.decode_latents(cfg, musicldm.encode_latents(cfg, sound(track), params, RATE), params)
-            found.append((track, musicldm.vocode(cfg, mel, params)[0, :round(SECONDS * RATE)]))
-        return found
+        return [(track, round_trip(cfg, sound(track), params)) for track in validation]
     if row == "led":
         leaders = of_each_style(validation, len(prompts) // len({prompt["style"] for prompt in prompts}))
         vectors = np.concatenate([musicldm.encode_audio(cfg, sound(track), params, RATE) for track in leaders])
@@ -280,16 +282,20 @@ def evaluate(cfg, params, tracks, prompts, rows=ROWS, seeds=3, settings=None, sa
 def music_in(cfg, params, tracks, prompts, say=print):
     """{row: {measure: number}} of what is made from eight validation clips, each of another style.
 
-    A variation is asked for the next clip's style, what is new in a clip for its own style and tempo. Repainted is the
-    middle, three fifths of a clip; added is twice a clip. The new part's tempo is compared with that of the clip's notes, its key with the clip's.
+    A variation is asked for the next clip's style, what is new in a clip for its own style and tempo, or by the clip
+    itself. Repainted is the middle, three fifths of a clip; added is twice a clip. Beside them is the middle of clips
+    that the VAE and the vocoder give back. The new part's tempo is compared with that of the clip's notes, its key with
+    the clip's.
     """
     originals = [track for track in of_each_style(data.of_split(tracks, "validation"), 1) if track["key"]][:8]
     asked = {prompt["style"]: prompt["prompt"] for prompt in prompts}
     known = {style: np.array([style_features(data.crop(track, 0, SECONDS, RATE)) for track in of_each_style(
         [x for x in data.of_split(tracks, "train") if x["style"] == style], 40)]) for style in asked}
     begin, end = 0.2 * SECONDS, 0.8 * SECONDS
-    rows = {**{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
-            "repainted": {"repaint": [[begin, end]]}, "extended": {"extend": 2 * SECONDS}}
+    middle = slice(round(begin * RATE), round(end * RATE))
+    rows = {"round trip": {}, **{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
+            "repainted": {"repaint": [[begin, end]]}, "extended": {"extend": 2 * SECONDS},
+            "extended, led by the clip": {"extend": 2 * SECONDS}}
     result = {}
     for row, options in rows.items():
         found = []
@@ -297,9 +303,14 @@ def music_in(cfg, params, tracks, prompts, say=print):
             clip = data.crop(track, 0, SECONDS, RATE).astype(np.float32)
             style = originals[(i + 1) % len(originals)]["style"] if "strength" in options else track["style"]
             prompt = asked[style] if "strength" in options else f"{style} at {track['tempo']:g} bpm"
-            audio, = musicldm.generate(cfg, prompt, params, init_audio=(clip, RATE), seed=i, **options)
-            new = audio[round(begin * RATE):round(end * RATE)] if row == "repainted" else audio[-len(clip):]
-            places = {"repainted": [round(begin * RATE), round(end * RATE)], "extended": [len(clip)]}.get(row, [])
+            if row == "round trip":
+                audio = round_trip(cfg, clip, params)
+            elif row == "extended, led by the clip":
+                audio, = musicldm.generate(cfg, None, params, audio_prompt=clip, init_audio=clip, seed=i, **options)
+            else:
+                audio, = musicldm.generate(cfg, prompt, params, init_audio=clip, seed=i, **options)
+            new = audio[middle] if row in ("round trip", "repainted") else audio[-len(clip):]
+            places = [middle.start, middle.stop] if row == "repainted" else [len(clip)] if "extend" in options else []
             found.append({"distance to the clip": rms_distance(cfg, audio[:len(clip)], clip),
                           "distance to the style": style_distances(style_features(audio[-len(clip):]), known)[style],
                           "tempo kept": same_tempo(tempo(new), track["tempo"]), "key kept": key(new)[0] == key(clip)[0],
