@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import pathlib
+import socket
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,13 @@ CASES = json.loads((GOLDEN / "cases.json").read_text())
 musicldm.SIZES = 1000  # all of the suite's graphs are kept: compiling them again would take minutes
 STAGES = ("prompt_embeds", "step_latents", "mel", "audio")  # of make_golden.py
 ENVIRONMENT = dict(os.environ)  # for subprocesses: a test that sets variables may run beside the one that starts them
+
+
+def free_port():
+    """For msrun's --master_port, whose default may be taken."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def golden_config(*overrides):

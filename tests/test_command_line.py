@@ -10,7 +10,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ import mindspore
 import numpy as np
 import pytest
 import soundfile
-from conftest import ENVIRONMENT, GOLDEN, golden_config
+from conftest import ENVIRONMENT, GOLDEN, free_port, golden_config
 from PIL import Image
 
 import musicldm
@@ -39,11 +38,8 @@ def readme_commands():
 def in_a_process(line, folder):
     """A command of the README in a new folder -> (its arguments, what it printed)."""
     python = pathlib.Path(sys.executable)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     here = {".venv/bin/python": [python], "musicldm.py": [ROOT / "musicldm.py"],
-            "msrun": [python.parent / "msrun", "--log_dir", "log", "--master_port", port],
+            "msrun": [python.parent / "msrun", "--log_dir", "log", "--master_port", free_port()],
             "tests/golden/checkpoint": [GOLDEN / "checkpoint"]}
     command = [str(part) for word in shlex.split(line) for part in here.get(word, [word])]
     folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
-from conftest import ENVIRONMENT, GOLDEN, golden_config, relative_error
+from conftest import ENVIRONMENT, GOLDEN, free_port, golden_config, relative_error
 from mindspore import Tensor, ops
 from scipy import signal as dsp
 from scipy import stats
@@ -393,7 +393,7 @@ def step_as_one_and_two(home):
     """The states after a step of one process and of two, in the stage whose loss is of the whole batch at once."""
     msrun, states = pathlib.Path(sys.executable).with_name("msrun"), []
     on_two = [str(msrun), "--worker_num", "2", "--local_worker_num", "2", "--join", "True", "--log_dir",
-              str(home / "logs"), "--master_port", "8199"]
+              str(home / "logs"), "--master_port", free_port()]
     for launch, folder in (([sys.executable], home / "as-one"), (on_two, home / "as-two")):
         run([*launch, train.__file__, "clap", "--data", str(home / "corpus"), "--weights",
              str(home / "runs" / "unet" / "checkpoint"), "--out", str(folder), "--steps", "1",
