@@ -1453,7 +1453,7 @@ SHORTCUTS = {
 }
 EXAMPLES = """
 examples:
-  a quick draft            python musicldm.py --prompt "slow sad piano" --scheduler dpm --steps 25
+  a quick draft            python musicldm.py --prompt "slow sad piano" --scheduler pndm --steps 20
   the best of four takes   python musicldm.py --prompt "slow sad piano" --waveforms 4 --seed random
   four seconds made anew   python musicldm.py --prompt "slow sad piano" --init-audio song.wav --repaint 4:8
   a song of 10 s as a loop python musicldm.py --prompt "slow sad piano" --init-audio song.wav --loop --repaint 9:1

@@ -110,7 +110,7 @@ def test_help_says_what_every_flag_does_and_its_default(capsys):
         section, _, name = key.rpartition(".")
         default = (defaults[section] if section else defaults)[name]
         assert f"{flag} {metavar} {meaning}" + ("" if default is None else f" (default {default})") in text
-    assert all(name in text for name in musicldm.SCHEDULERS) and "--scheduler dpm --steps 25" in text
+    assert all(name in text for name in musicldm.SCHEDULERS) and "--scheduler pndm --steps 20" in text
 
 
 def test_only_the_prompt_is_needed():
