@@ -537,7 +537,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     audio_prompt: music to follow, alone or mixed into each prompt: a file, (samples, rate) as soundfile.read returns
         them, or samples in [-1, 1] at the vocoder's rate
     init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
-        parts; with `extend` the same and more of it
+        parts; with `extend` the same and more of it, nearer to it with a strength of 0.8
     latents: the initial noise, unit normal, (n, *size), where size is clip_size(cfg, seconds, loop)[1]
     noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size)
     callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
@@ -844,7 +844,7 @@ def read_init_audio(cfg, audio, sampling):
         raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
                          "steps, or more strength")
     if extend:
-        for name, clashes in (("repaint", repaint), ("loop", sampling["loop"]), ("strength", strength < 1),
+        for name, clashes in (("repaint", repaint), ("loop", sampling["loop"]),
                               ("output_type", sampling["output_type"] != "np")):
             if clashes:
                 raise InputError(f"{name} {shown(sampling[name])} stands beside extend; valid: one or the other")
@@ -885,20 +885,21 @@ def extended(cfg, call, embeds, params):
     """Waveforms (n, samples): call.original with seconds of music after its end, or before its start if below 0.
 
     It goes on by windows of the checkpoint's own length, from known music but for the part that is made. What is known
-    is half a window at most, but for the fade at its end.
+    is half a window at most, but for the fade at its end. With a strength below 1 the part starts from a repetition of
+    that, and is nearer to it.
     call: `checked_call`'s; embeds as in `render`
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
     window, _ = clip_size(cfg, own_length(cfg))
     evaluations = len(scheduler_timesteps(call.sampling["scheduler"], call.sampling["num_inference_steps"],
-                                          cfg["schedule"]))
+                                          cfg["schedule"], call.sampling["strength"]))
     in_time = slice(None, None, 1 if seconds > 0 else -1)  # before the start all is done backwards
     audio = np.repeat(call.original[None, in_time], len(call.seeds), axis=0)
     wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
-        # its reflection, not silence: the VAE's encoder hears both sides, and the UNet would go on with silence
-        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="reflect")[:, in_time]
+        # its repetition, not silence: the VAE's encoder hears both sides, and the UNet would go on with silence
+        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="wrap")[:, in_time]
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
         counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))
@@ -1446,7 +1447,8 @@ SHORTCUTS = {
     "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, from the most like it (by CLAP's "
                                                               "score, up to 1) to the least"),
     "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
-    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5)"),
+    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5, or 1 "
+                                        "with --repaint or --extend)"),
     "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
     "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
     "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),

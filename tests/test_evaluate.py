@@ -65,6 +65,12 @@ def test_a_scale_has_a_key_and_all_notes_have_none():
     assert found == (0, "major") and moved == (5, "major")
 
 
+def test_notes_in_another_order_have_the_same_key_and_higher_ones_are_transposed():
+    melody = tones(SCALE)
+    assert evaluate.transposition(tones(SCALE[::-2] + SCALE[::3]), melody) == 0
+    assert [evaluate.transposition(tones([note + by for note in SCALE]), melody) for by in (1, 5, 11)] == [1, 5, 11]
+
+
 def test_a_jump_is_rougher_than_the_rest():
     audio = np.sin(2 * np.pi * 440 * T)
     assert evaluate.roughness(audio, [16000, 80000]) == pytest.approx(1, abs=0.01)
@@ -132,14 +138,16 @@ def test_a_whole_evaluation(tracks, params, monkeypatch):
 def test_music_in(tracks, params, monkeypatch):
     monkeypatch.setattr(evaluate, "SECONDS", 0.32)
     prompts = [{"prompt": style, "style": style} for style in ("drums alone", "string ensemble")]
-    given = [{**track, "key": "C", "tempo": 100} for track in tracks]
+    given = [{**track, "key": "C", "mode": "major", "tempo": 100} for track in tracks]
     cfg = golden_config("sampling.num_inference_steps=5", "unet.sample_size=8")
     found = evaluate.music_in(cfg, params, given, prompts, say=lambda text: None)
-    assert [*found] == ["round trip", "strength 0.2", "strength 0.5", "strength 0.8", "repainted", "extended",
-                        "extended, led by the clip"]
-    distances = [row["distance to the clip"] for row in found.values()]
-    assert distances[0] < distances[1] < distances[2] < distances[3]
-    assert distances[5] < distances[4] < distances[3] and distances[6] < distances[4]
+    assert [*found] == ["others alike", "round trip", "without the clip", "strength 0.2", "strength 0.5",
+                        "strength 0.8", "repainted", "extended", "extended, led by the clip",
+                        "extended, strength 0.8"]
+    alike, back, without, little, half, most, repainted, extended, led, near = (row["distance to the clip"]
+                                                                          for row in found.values())
+    assert 0 < alike < back < little < half < most < without  # random weights play no music
+    assert extended < repainted < most and max(led, near) < repainted
     assert found["extended"] != found["extended, led by the clip"]
     assert math.isnan(found["strength 0.5"]["roughness of joins"]) and found["extended"]["roughness of joins"] > 0
 

@@ -87,18 +87,32 @@ def flatness(audio):
     return float(np.mean(np.exp(np.log(power).mean(1)) / power.mean(1)))
 
 
-def key(audio):
-    """(0 to 11 from C upwards, mode) of the key whose profile is most like how loud each note is, and that correlation.
-    """
+def chroma(audio):
+    """How loud each of the twelve notes is, from C upwards, in all octaves from 60 to 2000 Hz."""
     s = spectrogram(np.pad(audio, (0, max(0, 4096 - len(audio)))), 4096, 1024).sum(0)
     frequencies = np.fft.rfftfreq(4096, 1 / RATE)
     heard = (frequencies > 60) & (frequencies < 2000)
     notes = np.round(12 * np.log2(frequencies[heard] / 440) + 9).astype(int) % 12
-    chroma = np.bincount(notes, s[heard], 12) / np.bincount(notes, minlength=12)
-    fits = {(tonic, mode): float(np.corrcoef(chroma, np.roll(profile, tonic))[0, 1])
+    return np.bincount(notes, s[heard], 12) / np.bincount(notes, minlength=12)
+
+
+def key(audio):
+    """(0 to 11 from C upwards, mode) of the key whose profile is most like the chroma, and that correlation."""
+    notes = chroma(audio)
+    fits = {(tonic, mode): float(np.corrcoef(notes, np.roll(profile, tonic))[0, 1])
             for mode, profile in PROFILES.items() for tonic in range(12)}
     best = max(fits, key=fits.get)
     return best, fits[best]
+
+
+def transposition(a, b):
+    """By how many semitones, 0 to 11, b is to be raised for its chroma to be most like that of a (Serra et al., 2008).
+
+    0 is the same key, or its relative. Parts of one piece agree in it more often than in `key`, as each has other
+    chords: what those say of the key alone is less than what they say of the notes in use.
+    """
+    notes, others = chroma(a), chroma(b)
+    return int(np.argmax([np.corrcoef(notes, np.roll(others, raised))[0, 1] for raised in range(12)]))
 
 
 def hum(audio):
@@ -283,9 +297,10 @@ def music_in(cfg, params, tracks, prompts, say=print):
     """{row: {measure: number}} of what is made from eight validation clips, each of another style.
 
     A variation is asked for the next clip's style, what is new in a clip for its own style and tempo, or by the clip
-    itself. Repainted is the middle, three fifths of a clip; added is twice a clip. Beside them is the middle of clips
-    that the VAE and the vocoder give back. The new part's tempo is compared with that of the clip's notes, its key with
-    the clip's.
+    itself. Repainted is the middle, three fifths of a clip; added is twice a clip. The new part's tempo is compared
+    with that of the clip's notes, its key with the clip's, by `transposition` and by `key`. Beside them are others
+    alike, up to eight clips of the corpus in the clip's style, tempo and key: a perfect extension would be like these.
+    Then the middle of clips that the VAE and the vocoder give back, and takes of the same prompt without the clip.
     """
     originals = [track for track in of_each_style(data.of_split(tracks, "validation"), 1) if track["key"]][:8]
     asked = {prompt["style"]: prompt["prompt"] for prompt in prompts}
@@ -293,30 +308,43 @@ def music_in(cfg, params, tracks, prompts, say=print):
         [x for x in data.of_split(tracks, "train") if x["style"] == style], 40)]) for style in asked}
     begin, end = 0.2 * SECONDS, 0.8 * SECONDS
     middle = slice(round(begin * RATE), round(end * RATE))
-    rows = {"round trip": {}, **{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
+    rows = {"others alike": {}, "round trip": {}, "without the clip": {},
+            **{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
             "repainted": {"repaint": [[begin, end]]}, "extended": {"extend": 2 * SECONDS},
-            "extended, led by the clip": {"extend": 2 * SECONDS}}
+            "extended, led by the clip": {"extend": 2 * SECONDS},
+            "extended, strength 0.8": {"extend": 2 * SECONDS, "strength": 0.8}}
     result = {}
     for row, options in rows.items():
         found = []
         for i, track in enumerate(originals):
             clip = data.crop(track, 0, SECONDS, RATE).astype(np.float32)
-            style = originals[(i + 1) % len(originals)]["style"] if "strength" in options else track["style"]
-            prompt = asked[style] if "strength" in options else f"{style} at {track['tempo']:g} bpm"
-            if row == "round trip":
-                audio = round_trip(cfg, clip, params)
+            other = row.startswith("strength")
+            style = originals[(i + 1) % len(originals)]["style"] if other else track["style"]
+            prompt = asked[style] if other else f"{style} at {track['tempo']:g} bpm"
+            if row == "others alike":
+                alike = [x for x in tracks if x is not track and all(x[name] == track[name] for name in
+                                                                     ("style", "tempo", "key", "mode"))]
+                made = [data.crop(x, 0, SECONDS, RATE) for x in alike[:8]]
+            elif row == "round trip":
+                made = [round_trip(cfg, clip, params)]
+            elif row == "without the clip":
+                made = musicldm.generate(cfg, prompt, params, seed=i, audio_length_in_s=SECONDS)
             elif row == "extended, led by the clip":
-                audio, = musicldm.generate(cfg, None, params, audio_prompt=clip, init_audio=clip, seed=i, **options)
+                made = musicldm.generate(cfg, None, params, audio_prompt=clip, init_audio=clip, seed=i, **options)
             else:
-                audio, = musicldm.generate(cfg, prompt, params, init_audio=clip, seed=i, **options)
-            new = audio[middle] if row in ("round trip", "repainted") else audio[-len(clip):]
+                made = musicldm.generate(cfg, prompt, params, init_audio=clip, seed=i, **options)
             places = [middle.start, middle.stop] if row == "repainted" else [len(clip)] if "extend" in options else []
-            found.append({"distance to the clip": rms_distance(cfg, audio[:len(clip)], clip),
-                          "distance to the style": style_distances(style_features(audio[-len(clip):]), known)[style],
-                          "tempo kept": same_tempo(tempo(new), track["tempo"]), "key kept": key(new)[0] == key(clip)[0],
-                          "roughness of joins": roughness(audio, places) if places else math.nan})
-        result[row] = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-        say(f"{row}: {json.dumps(result[row])}")
+            for audio in made:
+                new = audio[middle] if row in ("round trip", "repainted") else audio[-len(clip):]
+                found.append({
+                    "distance to the clip": rms_distance(cfg, audio[:len(clip)], clip),
+                    "distance to the style": style_distances(style_features(audio[-len(clip):]), known)[style],
+                    "tempo kept": same_tempo(tempo(new), track["tempo"]),
+                    "key kept, by notes": transposition(new, clip) == 0, "by profile": key(new)[0] == key(clip)[0],
+                    "roughness of joins": roughness(audio, places) if places else math.nan})
+        if found:
+            result[row] = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+            say(f"{row}: {json.dumps(result[row])}")
     return result
 
 
