@@ -379,7 +379,7 @@ def group_norm(x, p, groups, eps):
 
 
 def add_bias(x, bias):
-    """x (P, C) + bias (C,), of an image. `linear` does without: each call takes MindSpore's compiler 4 ms more."""
+    """x (P, C) + bias (C,), of an image. `linear` has many more of them, and each takes MindSpore's compiler longer."""
     return bias_rows(x, bias) if on_cpu() else ops.BiasAdd()(x, bias)
 
 

@@ -537,7 +537,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     audio_prompt: music to follow, alone or mixed into each prompt: a file, (samples, rate) as soundfile.read returns
         them, or samples in [-1, 1] at the vocoder's rate
     init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
-        parts; with `extend` the same and more of it, nearer to it with a strength of 0.8
+        parts; with `extend` the same and more of it, nearer to it with a strength below 1
     latents: the initial noise, unit normal, (n, *size), where size is clip_size(cfg, seconds, loop)[1]
     noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size)
     callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
@@ -1448,7 +1448,7 @@ SHORTCUTS = {
                                                               "score, up to 1) to the least"),
     "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
     "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5, or 1 "
-                                        "with --repaint or --extend)"),
+                                         "with --repaint or --extend)"),
     "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
     "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
     "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),

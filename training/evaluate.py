@@ -108,8 +108,8 @@ def key(audio):
 def transposition(a, b):
     """By how many semitones, 0 to 11, b is to be raised for its chroma to be most like that of a (Serra et al., 2008).
 
-    0 is the same key, or its relative. Parts of one piece agree in it more often than in `key`, as each has other
-    chords: what those say of the key alone is less than what they say of the notes in use.
+    0 is the same key, or its relative. Clips in one key agree in it more often than in `key`: their chords say more of
+    the notes in use than of the key.
     """
     notes, others = chroma(a), chroma(b)
     return int(np.argmax([np.corrcoef(notes, np.roll(others, raised))[0, 1] for raised in range(12)]))
