@@ -5,14 +5,14 @@ sequence, C channels, which come last: images are (N, H, W, C), sequences (N, L,
 of a layer, K taps of a convolution, KH and KW its kernel's height and width, D channels of an attention head, M
 queries, E channels of the embedding of time and class, P positions of all N (N * H * W or N * L).
 A layer returns its input's dtype. Parameters `p` are the sub-dict of the checkpoint that holds it. Layers take their
-arguments in one order: data, conditioning, parameters, numbers.
+arguments in one order: data and its sizes, conditioning, parameters, numbers.
 
 If you come from PyTorch: MindSpore compiles what is under @mindspore.jit, and all that it calls, for each new set of
 shapes. It runs Python's own tuples, branches and loops in doing so. A @constexpr function is called by plain Python
 then, and what it returns is a constant of the graph; so is every argument but Tensors and what is wrapped in
 mindspore.mutable, as parameters are. ops.X()(...) makes an operator and applies it; ops.x(...) does the same after
-checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there. A class is here to have another
-gradient than MindSpore's, its bprop.
+checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there. normalise_rows, bias_rows,
+softmax_rows and read_rows are operators too, with gradients of our own: the last section has them.
 """
 import functools
 import math
@@ -56,7 +56,7 @@ def resnet(x, embedding, p, groups, eps, loop):
     """
     y = conv2d(ops.silu(group_norm(x, p["norm1"], groups, eps)), p["conv1"], loop)
     if "time_emb_proj" in p:
-        y = y + at_positions(linear(embedding, p["time_emb_proj"]), y.shape).reshape(y.shape)
+        y = y + at_positions(linear(embedding, p["time_emb_proj"]), y.shape).reshape(y.shape)  # a broadcast
     y = conv2d(ops.silu(group_norm(y, p["norm2"], groups, eps)), p["conv2"], loop)
     return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
 
@@ -140,14 +140,14 @@ def swin_block(x, p, window, shift, heads, eps):
     """transformers' ClapAudioLayer: x (N, size, size, C), each position attending to those in its window."""
     n, size, _, c = x.shape
     l, count = window * window, size * size // (window * window)
-    rows, inverse, places, parting = windows(size, window, shift)
+    rows, inverse, places, mask = windows(size, window, shift)
     y = layer_norm(x, p["layernorm_before"], eps).reshape(n, size * size, c)
     y = ops.gather(y, rows, 1).reshape(n * count, l, c)
     bias = ops.gather(p["attention"]["self"]["relative_position_bias_table"], places, 0).transpose(1, 0)
     # a product instead of a broadcast: its gradient, a sum over windows, is four times as fast
     ones = ops.zeros((n * count, 1), bias.dtype) + 1
     bias = ops.MatMul()(ones, bias.reshape(1, -1)).reshape(n, count, heads, l, l)
-    bias = bias + parting if shift else bias
+    bias = bias + mask if shift else bias
     y = bert_attention(y, bias.reshape(-1, heads, l, l), p["attention"], heads)
     x = x + ops.gather(y.reshape(n, size * size, c), inverse, 1).reshape(x.shape)
     y = gelu(linear(layer_norm(x, p["layernorm_after"], eps), p["intermediate"]["dense"]))
@@ -165,8 +165,9 @@ def windows(size, window, shift):
     """What attention in shifted windows (Liu et al., 2021, figure 4) reads, L = window * window, as Tensors.
 
     The row of the flattened image (size * size) at each place of each window, and its inverse; the row of the table of
-    relative positions for each pair of places (L * L); and a bias (windows, 1, L, L) that parts what is no neighbour.
-    The image is rolled by `shift`, so that the last windows hold its first rows and columns too.
+    relative positions for each pair of places (L * L); and a mask (windows, 1, L, L), added to the scores.
+    The image is rolled by `shift`, so that the last windows hold its first rows and columns too: the mask is -100
+    between places that are neighbours by that alone.
     """
     def split(image):
         windowed = image.reshape(size // window, window, size // window, window).transpose(0, 2, 1, 3)
@@ -176,9 +177,8 @@ def windows(size, window, shift):
     places = relative_positions(window)
     wrapped = np.arange(size) >= size - shift
     region = split(2 * wrapped[:, None] + wrapped)
-    bias = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference
-    return (*(Tensor(x.reshape(-1).astype(np.int32)) for x in (rows, np.argsort(rows), places)),
-            Tensor(bias.astype(np.float32)))
+    mask = np.where(region[:, None, :, None] == region[:, None, None], 0, -100)  # not -inf: as in the reference
+    return (*(int_tensor(x.reshape(-1)) for x in (rows, np.argsort(rows), places)), Tensor(mask.astype(np.float32)))
 
 
 def patch_merging(x, p):
@@ -307,38 +307,6 @@ def layer_norm(x, p, eps):
     return ops.Cast()(ops.LayerNorm(-1, -1, eps)(y, weight, bias)[0], x.dtype)
 
 
-class RowNormaliser(nn.Cell):
-    """ops.LayerNorm of x (P, C), weight and bias (C,), with a gradient on all cores of a CPU, where its own uses one.
-
-    Products with vectors of ones sum and repeat, as broadcasts are slow there.
-    """
-
-    def construct(self, x, weight, bias, eps):
-        return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
-
-    def bprop(self, x, weight, bias, eps, _, gradient):
-        average, along_row, along_column = ones_for(x.shape)
-        x = x - ops.MatMul()(ops.MatMul()(x, average), along_row)
-        scale = ops.rsqrt(ops.MatMul()(x * x, average) + eps)
-        x = x * ops.MatMul()(scale, along_row)
-        by_weight = ops.MatMul()(along_column, gradient * x).reshape(-1)
-        by_bias = ops.MatMul()(along_column, gradient).reshape(-1)
-        gradient = gradient * ops.MatMul()(scale, weight.reshape(1, -1))
-        mean, slope = ops.MatMul()(gradient, average), ops.MatMul()(gradient * x, average)
-        by_x = gradient - ops.MatMul()(mean, along_row) - x * ops.MatMul()(slope, along_row)
-        return by_x, by_weight, by_bias, 0.0
-
-
-normalise_rows = RowNormaliser()
-
-
-@constexpr
-def ones_for(shape):
-    """Float32 (C, 1) of 1 / C, and ones, (1, C) and (1, P), for rows (P, C)."""
-    p, c = shape
-    return tuple(Tensor(x.astype(np.float32)) for x in (np.full((c, 1), 1 / c), np.ones((1, c)), np.ones((1, p))))
-
-
 def gelu(x):
     """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation.
 
@@ -370,7 +338,7 @@ def halves(x):
 def group_norm(x, p, groups, eps):
     """x (N, H, W, C), normalised over H, W and the C / groups channels of each group; statistics in float32.
 
-    In rows, as MindSpore gives back the memory of what is reshaped too late: a VAE would take twice as much.
+    In rows throughout: MindSpore frees the memory of what is reshaped late, and a VAE would take twice as much.
     """
     shape, y = x.shape, in_rows(ops.Cast()(x, float32))
     y = y - at_positions(group_means(y, shape, groups), shape)
@@ -383,21 +351,8 @@ def add_bias(x, bias):
     return bias_rows(x, bias) if on_cpu() else ops.BiasAdd()(x, bias)
 
 
-class RowBias(nn.Cell):
-    """ops.BiasAdd of x (P, C) and bias (C,), with a gradient on all cores of a CPU, where its own uses one."""
-
-    def construct(self, x, bias):
-        return ops.BiasAdd()(x, bias)
-
-    def bprop(self, x, bias, _, gradient):
-        return gradient, ops.MatMul()(ones_for(x.shape)[2], gradient).reshape(-1)
-
-
-bias_rows = RowBias()
-
-
-# Matrix products average and repeat fast on a CPU with channels last. Elsewhere products are kept for what is one:
-# MindSpore has an Ascend 910A or 310P multiply in float16 (op_api_util.cc, GetCubeMathType), where y * y overflows.
+# Matrix products average and repeat fast on a CPU with channels last. Elsewhere means stay means: MindSpore has an
+# Ascend 910A or 310P multiply matrices in float16 (op_api_util.cc, GetCubeMathType), where y * y overflows.
 
 def group_means(x, shape, groups):
     """x (P, C) -> for each channel the mean over H, W and the C / groups channels of its group, (N, C)."""
@@ -440,12 +395,14 @@ def multi_head_attention(q, k, v, bias, heads):
     """softmax(q k^T / sqrt(C / heads) + bias) v, each head on its own; softmax in float32.
 
     q, k, v (N, L, C); bias broadcasts to (N, heads, L, L), or is None -> (N, L, C). Vaswani et al., 2017, equation 1.
+    The heads come before L by a gather where x.reshape(N, L, heads, D).transpose(0, 2, 1, 3) would do: it is faster.
     """
-    split, apart, together, scale, count = head_order(q.shape, heads)
-    shape, q = q.shape, take_rows(ops.Reshape()(q * scale, split), apart)
-    k, v = take_rows(ops.Reshape()(k, split), apart), take_rows(ops.Reshape()(v, split), apart)
+    shape, (rows, to_heads, from_heads, scale, count) = q.shape, head_order(q.shape, heads)
+    q = take_rows(ops.Reshape()(q * scale, rows), to_heads)
+    k = take_rows(ops.Reshape()(k, rows), to_heads)
+    v = take_rows(ops.Reshape()(v, rows), to_heads)
     y = attend(q, k, v, bias) if count == 1 or bias is not None else attend_by_blocks(q, k, v, count)
-    return ops.Reshape()(take_rows(ops.Reshape()(y, split), together), shape)
+    return ops.Reshape()(take_rows(ops.Reshape()(y, rows), from_heads), shape)
 
 
 def attend(q, k, v, bias):
@@ -455,22 +412,6 @@ def attend(q, k, v, bias):
         scores = scores + bias
     shares = softmax_rows(scores) if on_cpu() else ops.Softmax(-1)(scores)
     return ops.BatchMatMul()(ops.Cast()(shares, v.dtype), v)
-
-
-class RowSoftmax(nn.Cell):
-    """Softmax over the last axis of x (..., L), with products in the gradient for sums and broadcasts, slow on CPUs."""
-
-    def construct(self, x):
-        return ops.Softmax(-1)(x)
-
-    def bprop(self, x, y, gradient):
-        _, along_row, _ = ones_for(in_rows(x).shape)
-        y, weighted = in_rows(y), in_rows(y * gradient)
-        total = ops.MatMul()(ops.MatMul(transpose_b=True)(weighted, along_row), along_row)
-        return (ops.Reshape()(weighted - y * total, x.shape),)
-
-
-softmax_rows = RowSoftmax()
 
 
 def attend_by_blocks(q, k, v, count):
@@ -488,53 +429,16 @@ def attend_by_blocks(q, k, v, count):
 
 @constexpr
 def head_order(shape, heads):
-    """How (N, L, C) is split into heads, and joined: on a CPU to gather is faster than to transpose.
+    """How (N, L, C) is split into heads, and joined.
 
-    The shape of the rows (P * heads, D) to gather from, int32 (N, heads, L), then int32 (P, heads); D ** -0.5; and how
-    many blocks the scores are computed in.
+    The shape (P * heads, D) of rows to gather; which they are, int32 (N, heads, L), and which on the way back, (P,
+    heads); D ** -0.5; and how many blocks the scores are computed in.
     """
     n, l, c = shape
     order = np.arange(n * l * heads)
     return ((-1, c // heads), int_tensor(order.reshape(n, l, heads).transpose(0, 2, 1)),
             int_tensor(order.reshape(n, heads, l).transpose(0, 2, 1).reshape(n * l, heads)),
             (c // heads) ** -0.5, blocks(n * heads * l * l))
-
-
-class RowReader(nn.Cell):
-    """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
-
-    Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. Its own gradient is a sparse tensor;
-    this one is the sum of what was read of each row, by lookups again where they are few, as UnsortedSegmentSum uses
-    one core.
-    """
-
-    def construct(self, x, rows):
-        return ops.EmbeddingLookup()(x, rows, 0)
-
-    def bprop(self, x, rows, _, gradient):
-        places = readers(rows, x.shape[0])
-        if len(places) > 16:
-            return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
-        gradient, parts = in_rows(gradient), ()
-        for i in range(len(places)):
-            parts = parts + (ops.EmbeddingLookup()(gradient, places[i], 0),)
-        return parts[0] if len(parts) == 1 else ops.AddN()(parts), ops.zeros_like(rows)
-
-
-read_rows = RowReader()
-
-
-@constexpr
-def readers(rows, count):
-    """Where each of `count` rows is read: int32 (count,) of its first place in the flattened rows, its second, ..., -1
-    where there is none."""
-    flat = rows.asnumpy().reshape(-1)
-    order = np.argsort(flat, kind="stable")[(flat < 0).sum():]
-    read = flat[order]
-    nth_reader = np.arange(len(read)) - np.searchsorted(read, read)
-    places = np.full((nth_reader.max() + 1, count), -1)
-    places[nth_reader, read] = order
-    return tuple(int_tensor(place) for place in places)
 
 
 def take_rows(x, rows):
@@ -592,19 +496,18 @@ def way_to_convolve(shape, dtype, geometry):
     if len(shape) < 4:
         return fast_convolution if len(shape) == 3 else gathered_convolution
     _, _, _, _, stride, *_ = geometry
-    fast = dtype == float32 and stride == (1, 1) and products_are_exact()
-    return fast_from_checkpoint if fast else gathered_from_checkpoint
+    return fast_from_checkpoint if is_fast(dtype, stride) else gathered_from_checkpoint
 
 
-def products_are_exact():
-    """Whether a CPU multiplies float32 numbers as they are.
+def is_fast(dtype, stride):
+    """Whether `fast_convolution` is for this on a CPU: its sums cancel, so the CPU must multiply exactly.
 
-    Asked for bfloat16 (weights.py: `tensor_dtype`), oneDNN rounds them if the processor has AMX. That is too coarse for
-    `fast_convolution`, whose sums cancel.
+    Asked for bfloat16 (weights.py: `tensor_dtype`), oneDNN rounds the factors if the processor has AMX.
     """
     asked = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() not in ("STRICT", "F32")
     cpu = pathlib.Path("/proc/cpuinfo")
-    return not (asked and cpu.exists() and "amx_bf16" in cpu.read_text())
+    rounded = asked and cpu.exists() and "amx_bf16" in cpu.read_text()
+    return dtype == float32 and stride == (1, 1) and not rounded
 
 
 @constexpr
@@ -746,6 +649,16 @@ def fast_from_checkpoint(x, weight, geometry):
     return fast_convolution(x, fast_weight(ops.Depend()(weight, x), 4), geometry)
 
 
+def prepared_weight(weight, stride):
+    """A Tensor (O, I, KH, KW) as `convolution` multiplies with it on a CPU, in NumPy: MindSpore would compile each."""
+    array = weight.asnumpy()
+    if not is_fast(weight.dtype, (stride, stride)):
+        return np.ascontiguousarray(gathered_weight(array))
+    # the largest weights are for the smallest images, which have few tiles of 4 by 4 outputs
+    g, taps, laid_out = fast_weight_transform(weight.shape, 4 if weight.size < 2 ** 20 else 2)
+    return (g.asnumpy() @ array.reshape(taps).T).reshape(laid_out)
+
+
 @constexpr
 def fast_weight_transform(shape, outputs):
     """G of both axes at once (products, K), float32, and the shapes before and after it."""
@@ -820,7 +733,7 @@ def fast_filter(kernel, outputs):
         return toom_cook(outputs if kernel > 1 else 1, kernel)
     outer, inner = toom_cook(2, -(-kernel // 4)), toom_cook(4, 4)
     a, g, b = (np.kron(x, y) for x, y in zip(outer, inner))
-    part, place = np.divmod(np.arange(b.shape[1]), 7)
+    part, place = np.divmod(np.arange(b.shape[1]), 7)  # toom_cook(4, 4) reads 7 inputs; a part begins 4 after the last
     return a, g[:, :kernel], (b @ np.eye(kernel + 16)[4 * part + place])[:, :kernel + 7]
 
 
@@ -842,3 +755,102 @@ def toom_cook(outputs, taps):
     interpolation = [*(np.append(np.poly(other)[::-1], 0) for other in others), np.atleast_1d(np.poly(points))[::-1]]
     scale = [*(np.prod(point - other) for point, other in zip(points, others)), 1]  # in G, so that B is exact
     return evaluation(outputs).T, evaluation(taps) / np.array(scale)[:, None], np.array(interpolation)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+# Four operators with gradients that are faster on a CPU than their own. Training alone uses those, making music never
+# does. Products with ones sum and repeat there, as MindSpore's sums and broadcasts use one core.
+
+class RowNormaliser(nn.Cell):
+    """ops.LayerNorm of x (P, C), weight and bias (C,)."""
+
+    def construct(self, x, weight, bias, eps):
+        return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
+
+    def bprop(self, x, weight, bias, eps, _, gradient):
+        average, along_row, along_column = ones_for(x.shape)
+        x = x - ops.MatMul()(ops.MatMul()(x, average), along_row)
+        scale = ops.rsqrt(ops.MatMul()(x * x, average) + eps)
+        x = x * ops.MatMul()(scale, along_row)
+        by_weight = ops.MatMul()(along_column, gradient * x).reshape(-1)
+        by_bias = ops.MatMul()(along_column, gradient).reshape(-1)
+        gradient = gradient * ops.MatMul()(scale, weight.reshape(1, -1))
+        mean, slope = ops.MatMul()(gradient, average), ops.MatMul()(gradient * x, average)
+        by_x = gradient - ops.MatMul()(mean, along_row) - x * ops.MatMul()(slope, along_row)
+        return by_x, by_weight, by_bias, 0.0
+
+
+normalise_rows = RowNormaliser()
+
+
+@constexpr
+def ones_for(shape):
+    """Float32 (C, 1) of 1 / C, and ones, (1, C) and (1, P), for rows (P, C)."""
+    p, c = shape
+    return tuple(Tensor(x.astype(np.float32)) for x in (np.full((c, 1), 1 / c), np.ones((1, c)), np.ones((1, p))))
+
+
+class RowBias(nn.Cell):
+    """ops.BiasAdd of x (P, C) and bias (C,)."""
+
+    def construct(self, x, bias):
+        return ops.BiasAdd()(x, bias)
+
+    def bprop(self, x, bias, _, gradient):
+        return gradient, ops.MatMul()(ones_for(x.shape)[2], gradient).reshape(-1)
+
+
+bias_rows = RowBias()
+
+
+class RowSoftmax(nn.Cell):
+    """ops.Softmax over the last axis of x (..., L)."""
+
+    def construct(self, x):
+        return ops.Softmax(-1)(x)
+
+    def bprop(self, x, y, gradient):
+        _, along_row, _ = ones_for(in_rows(x).shape)
+        y, weighted = in_rows(y), in_rows(y * gradient)
+        total = ops.MatMul()(ops.MatMul(transpose_b=True)(weighted, along_row), along_row)
+        return (ops.Reshape()(weighted - y * total, x.shape),)
+
+
+softmax_rows = RowSoftmax()
+
+
+class RowReader(nn.Cell):
+    """x (P, C), int32 rows (...) -> (..., C), zeros where a row is -1.
+
+    Of the operators that read rows, EmbeddingLookup alone uses all cores of a CPU. Its own gradient is a sparse tensor;
+    this one is the sum of what was read of each row, by lookups again where they are few, as UnsortedSegmentSum uses
+    one core.
+    """
+
+    def construct(self, x, rows):
+        return ops.EmbeddingLookup()(x, rows, 0)
+
+    def bprop(self, x, rows, _, gradient):
+        places = readers(rows, x.shape[0])
+        if len(places) > 16:
+            return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
+        gradient, parts = in_rows(gradient), ()
+        for i in range(len(places)):
+            parts = parts + (ops.EmbeddingLookup()(gradient, places[i], 0),)
+        return parts[0] if len(parts) == 1 else ops.AddN()(parts), ops.zeros_like(rows)
+
+
+read_rows = RowReader()
+
+
+@constexpr
+def readers(rows, count):
+    """Where each of `count` rows is read: int32 (count,) of its first place in the flattened rows, its second, ..., -1
+    where there is none."""
+    flat = rows.asnumpy().reshape(-1)
+    order = np.argsort(flat, kind="stable")[(flat < 0).sum():]
+    read = flat[order]
+    nth_reader = np.arange(len(read)) - np.searchsorted(read, read)
+    places = np.full((nth_reader.max() + 1, count), -1)
+    places[nth_reader, read] = order
+    return tuple(int_tensor(place) for place in places)

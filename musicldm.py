@@ -1,13 +1,21 @@
 """MusicLDM, text to music (Chen et al., 2023, arXiv 2308.01546), as pure functions in MindSpore.
 
-It reads from top to bottom as the pipeline runs. With the published sizes, one prompt and 10.24 s:
+What it computes, with the published sizes, for one prompt and 10.24 s:
     tokens (1, 16) of the prompt
     -> clap_text: CLAP's vector (1, 512)
     -> noise (1, 8, 256, 16), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
     -> vae_decode: log-mel spectrogram (1, 1024, 64)
     -> hifigan: waveform (1, 163872) at 16 kHz, of which render keeps 163840 samples
-`generate` joins them. What follows serves it: CLAP's audio tower, music that goes in, the tokenizer, checks, and the
-command line. Axis letters are those of layers.py. Arrays outside of graphs have diffusers' layout (n, channels, h, w).
+The UNet sees one vector, which goes into its residual blocks beside the timestep; there is no sequence to attend to. It
+was trained on CLAP's vectors of audio, and is led by those of texts, which lie in the same space. The paper's
+beat-synchronous mixup is part of training alone (training/mixup.py).
+
+First come the models, then the schedulers, then the pipeline that joins them: `generate`, and what it calls. All that
+follows serves it: CLAP's audio tower, music that goes in, the tokenizer, checks, and the command line. For the
+algorithm alone read clap_text, unet, guided_prediction, ddim, noise_predictor, denoise and render.
+
+Inside of graphs an image is (N, H, W, C), H being time and W mel frequency; layers.py lists the axis letters. Arrays
+outside have diffusers' layout (n, channels, h, w).
 """
 import argparse
 import collections
@@ -176,11 +184,12 @@ def hifigan(mel, p, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
-# Each yields what diffusers' `step` returns (but see pndm), after every UNet evaluation. Their inputs:
+# Each yields what diffusers' `step` returns (but see pndm), after every UNet evaluation. Their inputs, of which each
+# takes what it needs:
 #   predict(x, t) returns the noise in x at timestep t, x being `add_noise` of a signal at alphas[t]
 #   x is where to start: unit normal noise, or music noised to the first timestep; of any array type, not changed
 #   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
-#   steps is num_inference_steps, which sets how far timesteps are apart: a strength below 1 leaves out the first
+#   steps is num_inference_steps, which sets how far timesteps are apart, also where a strength skips the first of them
 #   final_alpha is alpha-bar after the last step; noise is an iterator of unit normal arrays like x
 # ddim, pndm and dpm yield such an x too; lms, heun and the Eulers yield signal + sigma * noise, as diffusers does.
 
@@ -188,7 +197,7 @@ def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
 
     There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice. A
-    strength below 1 leaves the last int(steps * strength) steps (diffusers' image-to-image pipelines).
+    strength below 1 keeps only the last int(steps * strength) steps (diffusers' image-to-image pipelines).
     """
     count = steps + 1 if scheduler == "dpm" else steps  # dpm spaces one more and leaves out the last
     timesteps = np.arange(count)[::-1][:steps] * (schedule["num_train_timesteps"] // count) + schedule["steps_offset"]
@@ -228,7 +237,7 @@ def ddim_step(x, noise_pred, alpha, end, sigma=0.0):
     return end ** 0.5 * clean + (1 - end - sigma ** 2) ** 0.5 * noise_pred
 
 
-def ddim(predict, x, timesteps, alphas, *, steps, final_alpha, eta=0.0, noise=None):
+def ddim(predict, x, timesteps, alphas, *, steps, final_alpha, eta=0.0, noise=None, **_):
     """DDIM (Song et al., 2020, arXiv 2010.02502, equations 12 and 16); noise is read when eta > 0."""
     step = len(alphas) // steps
     for t in timesteps:
@@ -242,13 +251,14 @@ def ddim(predict, x, timesteps, alphas, *, steps, final_alpha, eta=0.0, noise=No
 
 def multistep_weights(nodes, end):
     """Adams-Bashforth on uneven nodes: [w], so that sum(w * f(node)) is the integral of f from nodes[0] to `end` for
-    every polynomial f of a lower degree than there are nodes."""
+    every polynomial f of a lower degree than there are nodes. For 0, -1, -2, -3 and 1 they are 55, -59, 37, -9 over 24.
+    """
     first, powers = nodes[0], np.arange(len(nodes))
     scaled = (np.asarray(nodes, np.float64) - first) / (end - first)
     return ((end - first) * np.linalg.solve(scaled ** powers[:, None], 1 / (powers + 1))).tolist()
 
 
-def pndm(predict, x, timesteps, alphas, *, steps, final_alpha):
+def pndm(predict, x, timesteps, alphas, *, steps, final_alpha, **_):
     """PNDM without its Runge-Kutta steps, or PLMS (Liu et al., 2022, arXiv 2202.09778, equations 9 and 12).
 
     The first step is taken twice: the second time with the mean of the noise at both of its ends. It is the noises
@@ -261,7 +271,8 @@ def pndm(predict, x, timesteps, alphas, *, steps, final_alpha):
             x, t, noise_pred = start, t + step, (noise_pred + history[0]) / 2
         else:
             history = (noise_pred, *history[:3])
-            noise_pred = sum(w * e for w, e in zip(multistep_weights(range(0, -len(history), -1), 1), history))
+            weights = multistep_weights(range(0, -len(history), -1), 1)
+            noise_pred = sum(w * e for w, e in zip(weights, history))
         x = ddim_step(x, noise_pred, float(alphas[t]), float(alphas[t - step] if t >= step else final_alpha))
         yield x
 
@@ -269,68 +280,71 @@ def pndm(predict, x, timesteps, alphas, *, steps, final_alpha):
 def in_sigma_scale(predict, x, timesteps, alphas):
     """The scale of Karras et al. (2022, arXiv 2206.00364): x is signal + sigma * noise, and dx / dsigma the noise.
 
-    Returns predict_noise(x, t, sigma) and x, both in that scale, and sigmas, a float a timestep and 0 after the last.
+    Returns noise_at(x, t, sigma) and x, both in that scale, and sigmas, a float a timestep and 0 after the last.
     """
     alphas = np.asarray(alphas, np.float64)[timesteps]
     sigmas = [*(((1 - alphas) / alphas) ** 0.5).tolist(), 0.0]
 
-    def predict_noise(x, t, sigma):
+    def noise_at(x, t, sigma):
         return predict(x / (sigma ** 2 + 1) ** 0.5, int(t))
 
-    return predict_noise, x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
+    return noise_at, x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas
 
 
-def dpm(predict, x, timesteps, alphas):
+def dpm(predict, x, timesteps, alphas, **_):
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095, algorithm 2); the first and last step are of first order."""
-    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
+    noise_at, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     previous = None
     for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
-        clean = x - sigma * predict(x, t, sigma)
+        clean = x - sigma * noise_at(x, t, sigma)
         target = clean
         if 0 < i < len(timesteps) - 1:
-            target = clean + math.log(sigma / following) / math.log(sigmas[i - 1] / sigma) / 2 * (clean - previous)
+            step_over_last = math.log(sigma / following) / math.log(sigmas[i - 1] / sigma)
+            target = clean + step_over_last / 2 * (clean - previous)
         x, previous = following / sigma * x + (1 - following / sigma) * target, clean
         yield x / (following ** 2 + 1) ** 0.5
 
 
-def lms(predict, x, timesteps, alphas):
+def lms(predict, x, timesteps, alphas, **_):
     """Linear multistep of order 4 in sigma, as in K. Crowson's k-diffusion on the equation of Karras et al. (2022)."""
-    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
+    noise_at, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     history = ()
     for i, t in enumerate(timesteps):
-        history = (predict(x, t, sigmas[i]), *history[:3])
+        history = (noise_at(x, t, sigmas[i]), *history[:3])
         weights = multistep_weights(sigmas[i::-1][:4], sigmas[i + 1])
         x = x + sum(w * noise_pred for w, noise_pred in zip(weights, history))
         yield x
 
 
-def heun(predict, x, timesteps, alphas):
+def heun(predict, x, timesteps, alphas, **_):
     """Heun's method in sigma (Karras et al., 2022, algorithm 1): yields the Euler step, then its correction."""
-    timesteps = timesteps[::2]
-    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
+    timesteps = timesteps[::2]  # each but the first is there twice, for the two evaluations at it
+    noise_at, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for i, (t, sigma, following) in enumerate(zip(timesteps, sigmas, sigmas[1:])):
-        noise_pred = predict(x, t, sigma)
+        noise_pred = noise_at(x, t, sigma)
         predicted = x + (following - sigma) * noise_pred
         yield predicted
         if following > 0:
-            x = x + (following - sigma) / 2 * (noise_pred + predict(predicted, timesteps[i + 1], following))
+            x = x + (following - sigma) / 2 * (noise_pred + noise_at(predicted, timesteps[i + 1], following))
             yield x
 
 
-def euler(predict, x, timesteps, alphas):
+def euler(predict, x, timesteps, alphas, **_):
     """Euler's method in sigma (Karras et al., 2022)."""
-    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
+    noise_at, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
-        x = x + (following - sigma) * predict(x, t, sigma)
+        x = x + (following - sigma) * noise_at(x, t, sigma)
         yield x
 
 
-def euler_ancestral(predict, x, timesteps, alphas, *, noise):
+def euler_ancestral(predict, x, timesteps, alphas, *, noise, **_):
     """Euler's method down past the next sigma, then fresh noise up to it: as k-diffusion, after Ho et al. (2020)."""
-    predict, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
+    noise_at, x, sigmas = in_sigma_scale(predict, x, timesteps, alphas)
     for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
-        x = x + (following ** 2 / sigma - sigma) * predict(x, t, sigma)
-        x = x + following * (1 - (following / sigma) ** 2) ** 0.5 * next(noise)
+        down = following ** 2 / sigma
+        up = (following ** 2 - down ** 2) ** 0.5
+        x = x + (down - sigma) * noise_at(x, t, sigma)
+        x = x + up * next(noise)
         yield x
 
 
@@ -339,11 +353,10 @@ SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, 
 
 
 def make_scheduler(name, schedule, steps, eta, noise):
-    """The scheduler of a name as a function of (predict, x, timesteps), with what it takes of the other arguments."""
+    """The scheduler of a name as a function of (predict, x, timesteps)."""
     alphas = alphas_cumprod(schedule)
-    ends = {"steps": steps, "final_alpha": 1.0 if schedule["set_alpha_to_one"] else alphas[0]}
-    needs = {"ddim": {**ends, "eta": eta, "noise": noise}, "pndm": ends, "euler_ancestral": {"noise": noise}}
-    return functools.partial(SCHEDULERS[name], alphas=alphas, **needs.get(name, {}))
+    return functools.partial(SCHEDULERS[name], alphas=alphas, steps=steps, eta=eta, noise=noise,
+                             final_alpha=1.0 if schedule["set_alpha_to_one"] else alphas[0])
 
 
 def add_noise(x, noise, alpha):
@@ -358,8 +371,8 @@ def noise_of_velocity(velocity, x, alpha):
 
 
 def keeping(predict, known, kept, alphas):
-    """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is what leads back to the latents
-    `known`, (n or 1, H, W, C). So every scheduler has them there after each step, at that step's level of noise.
+    """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is the one by which x is `known`,
+    (n or 1, H, W, C), noised. So every scheduler leads there to `known` itself, at each step's level of noise.
 
     Lugmayr et al. (2022, arXiv 2201.09865, equation 8), but by the noise rather than by x itself, so with one noise
     throughout, and without resampling.
@@ -372,6 +385,9 @@ def keeping(predict, known, kept, alphas):
 
 
 # ------------------------------------------------------------------------------------------------------------- pipeline
+# Around each compiled model stand the same few functions, none of which changes a result: one_at_a_time is a lock,
+# `frozen` makes a config section a constant of the graph, mindspore.mutable makes parameters its inputs, make_room
+# bounds how many graphs are kept, `prepared` and `release` save time and memory, `finite` looks for NaN.
 
 @one_at_a_time
 def encode_prompt(cfg, prompts, params):
@@ -411,8 +427,8 @@ def noise_predictor(cfg, x, embeds, params, sampling, alphas):
     make_room(cfg, "unet", x.shape, embeds.shape, sampling["loop"])
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
-    checkpoints.release(params)  # the text tower and what was prepared have done their work
-    unet_cfg = frozen({**cfg["unet"], "sample_size": None})  # or another would compile anew
+    checkpoints.release(params)  # the loop needs neither the text tower nor what the UNet's were prepared from
+    unet_cfg = frozen({**cfg["unet"], "sample_size": None})  # `unet` does not read it, but another would compile anew
 
     def predict(x, t):
         sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
@@ -429,7 +445,7 @@ def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, 
 
     noise: an iterator of more such arrays, one a step, for schedulers that mix in fresh noise
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
-    sampling: cfg["sampling"]
+    sampling: cfg["sampling"], with a number for strength
     known (n or 1, 8, h, w): latents of the music to start from
     kept, bool (h,): which rows come back to `known` after every step; the others are made anew, from `known` if
         sampling["strength"] is below 1, else from x alone
@@ -438,7 +454,7 @@ def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, 
     """
     alphas = alphas_cumprod(cfg["schedule"])
     predict = noise_predictor(cfg, x, embeds, params, sampling, alphas)
-    steps, strength = sampling["num_inference_steps"], sampling["strength"] or 1.0
+    steps, strength = sampling["num_inference_steps"], sampling["strength"]
     timesteps = scheduler_timesteps(sampling["scheduler"], steps, cfg["schedule"], strength)
     if known is not None:
         x = np.where(kept[:, None] | (strength < 1), add_noise(known, x, float(alphas[timesteps[0]])), x)
@@ -473,8 +489,8 @@ def vocode(cfg, mel, params, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
     At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
-    than `window` frames goes by such windows. They overlap by what a sample depends on on either side, `reach` frames,
-    and of each only what is `reach` frames from its end is kept, so that the result is the same.
+    than `window` frames goes by such windows, with the same result: a sample depends on `reach` frames on either side,
+    so that many are dropped at each end of a window where others follow or went before.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
     hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
@@ -487,13 +503,12 @@ def vocode(cfg, mel, params, loop=False, window=1024):
     make_room(cfg, "vocoder", size)
     waveforms = []
     for x in mel:
-        parts, done = [], 0
+        waveform = np.zeros(0, np.float32)
         for start in [*range(0, last, step), last]:
-            part = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
-            end = len(part) if start == last else (size - reach) * hop
-            parts.append(part[done - start * hop:end])
-            done = start * hop + end
-        waveforms.append(np.concatenate(parts))
+            made = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
+            first = reach * hop if start else 0
+            waveform = np.concatenate((waveform[:start * hop + first], made[first:]))
+        waveforms.append(waveform)
     audio = finite(np.stack(waveforms), "the audio")
     return audio[:, reach * hop:reach * hop + samples] if loop else audio
 
@@ -502,7 +517,7 @@ def vocode(cfg, mel, params, loop=False, window=1024):
 def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None):
     """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
 
-    x, noise, embeds, sampling, callback: as in `denoise`; the result is of sampling["output_type"]
+    x, noise, embeds, callback: as in `denoise`; sampling: `checked_call`'s; the result is of sampling["output_type"]
     original (n or 1, samples): music to start from; with parts in sampling["repaint"] it stays outside of them
     """
     samples, size = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
@@ -549,17 +564,18 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     prompt's takes, and its repetitions, count up the seed. With output_type "mel" the result is the log-mel spectrogram
     (n, frames, 64), with "latent" it is the latents, both in the order of the seeds. A waveform follows from its seed
     and prompt alone, whatever stands beside it.
-    Raises InputError for unusable arguments or weights, before any model runs; of its kind are OutOfMemory, likewise,
-    and NotFinite.
+    Raises InputError for unusable arguments or weights, before any model runs. Its kinds are OutOfMemory, also before,
+    and NotFinite, after one.
     """
-    call = checked_call(**{name: value for name, value in locals().items() if value is not None})
+    call = checked_call(**{name: value for name, value in locals().items() if value is not None})  # all that was given
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
     params = checkpoints.load_params(cfg) if params is None else params
 
     prompt_embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
     if prompt_embeds is None:
-        audio_embeds = call.audio_prompt and encode_audio(cfg, call.audio_prompt[0], params, call.audio_prompt[1])
-        prompt_embeds = prompt_vectors(cfg, prompt, params, audio_embeds, sampling["audio_prompt_weight"])
+        heard = None if call.audio_prompt is None else encode_audio(cfg, call.audio_prompt[0], params,
+                                                                    call.audio_prompt[1])
+        prompt_embeds = prompt_vectors(cfg, prompt, params, heard, sampling["audio_prompt_weight"])
     embeds = prompt_embeds
     if call.guided:
         if negative_embeds is None:
@@ -602,14 +618,15 @@ def spectra(waveform, size, hop):
     return np.abs(np.fft.rfft(frames * np.hanning(size + 1)[:-1]))
 
 
-def mel_filters(extractor):
-    """Slaney's mel bands (Auditory Toolbox, 1998), each of area 1: (fft_window_size / 2 + 1, feature_size) float64."""
+def mel_filters(rate, size, low, high, bands):
+    """Slaney's mel bands (Auditory Toolbox, 1998) from `low` to `high` Hz, each of area 1, for spectra of `size`
+    samples at `rate` Hz: (size / 2 + 1, bands) float64."""
     def mel(hertz):  # linear up to 1000 Hz, 27 bands to a factor of 6.4 above
         return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
 
-    mels = np.linspace(mel(extractor["frequency_min"]), mel(extractor["frequency_max"]), extractor["feature_size"] + 2)
+    mels = np.linspace(mel(low), mel(high), bands + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    bins = np.fft.rfftfreq(extractor["fft_window_size"], 1 / extractor["sampling_rate"])[:, None]
+    bins = np.fft.rfftfreq(size, 1 / rate)[:, None]
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre))
     return np.maximum(triangles, 0) * 2 / (high - low)
@@ -621,9 +638,11 @@ def clap_features(cfg, waveforms):
     transformers' ClapFeatureExtractor ("repeatpad"), but longer audio gives its first nb_max_samples, not random ones.
     """
     extractor = cfg["feature_extractor"]
-    length, size, hop = extractor["nb_max_samples"], extractor["fft_window_size"], extractor["hop_length"]
-    filters, features = mel_filters(extractor), []
-    for waveform in checked_audio(waveforms, extractor["sampling_rate"]):
+    rate, length = extractor["sampling_rate"], extractor["nb_max_samples"]
+    size, hop = extractor["fft_window_size"], extractor["hop_length"]
+    filters = mel_filters(rate, size, extractor["frequency_min"], extractor["frequency_max"], extractor["feature_size"])
+    features = []
+    for waveform in checked_audio(waveforms, rate):
         waveform = np.tile(waveform[:length], max(1, length // len(waveform)))
         power = spectra(np.pad(waveform, (0, length - len(waveform))), size, hop) ** 2
         features.append(10 * np.log10(np.maximum(power @ filters, 1e-10)))
@@ -650,12 +669,12 @@ def clap_audio(x, audio_encoder, audio_projection, cfg):
     transformers' ClapModel.get_audio_features after its interpolation, before it is normalised.
     """
     n, frames, mels = x.shape
-    p, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
-    x = (x - p["running_mean"]) * ops.rsqrt(p["running_var"] + 1e-5) * p["weight"] + p["bias"]
+    norm, patch, window = audio_encoder["batch_norm"], cfg["patch_size"], cfg["window_size"]
+    x = (x - norm["running_mean"]) * ops.rsqrt(norm["running_var"] + 1e-5) * norm["weight"] + norm["bias"]
     size = cfg["spec_size"] // patch
     # successive parts of the time axis come one below the other in the image
     x = x.reshape(n, cfg["spec_size"] // mels, size, patch, mels // patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    x = layers.conv1x1(x.reshape(n, size, size, patch * patch), audio_encoder["patch_embed.proj"])
+    x = layers.conv1x1(x.reshape(n, size, size, patch * patch), audio_encoder["patch_embed"]["proj"])
     x = layers.layer_norm(x, audio_encoder["patch_embed"]["norm"], 1e-5)
     for stage in range(len(cfg["depths"])):
         p = audio_encoder[layers.nth("layers", stage)]
@@ -685,14 +704,14 @@ def encode_audio(cfg, audio, params, sampling_rate=16000):
     Raises InputError, before the tower runs, for audio that is empty, not finite, or of another shape or type.
     """
     waveforms = checked_audio(audio, sampling_rate)
-    tower, p = frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
+    audio_cfg, p = frozen(cfg["text_encoder"]["audio_config"]), params["text_encoder"]
     encoder, projection = mindspore.mutable(p["audio_model"]["audio_encoder"]), mindspore.mutable(p["audio_projection"])
-    rate, side = cfg["feature_extractor"]["sampling_rate"], tower["spec_size"]
+    rate, side = cfg["feature_extractor"]["sampling_rate"], audio_cfg["spec_size"]
     longest, vectors = samples_to_read(cfg, sampling_rate), []
     for waveform in waveforms:
         features = clap_features(cfg, [resample(waveform[:longest], sampling_rate, rate)])
-        x = to_tensor(cfg, stretch(features[:, 0], side * (side // tower["num_mel_bins"])))
-        vectors.append(to_numpy(clap_audio(x, encoder, projection, tower)))
+        x = to_tensor(cfg, stretch(features[:, 0], side * (side // audio_cfg["num_mel_bins"])))
+        vectors.append(to_numpy(clap_audio(x, encoder, projection, audio_cfg)))
     x = np.concatenate(vectors)
     return finite(x / np.linalg.norm(x, axis=1, keepdims=True), "the audio's vectors")
 
@@ -737,9 +756,8 @@ def log_mel(vocoder, waveform):
     There are samples / 160 frames, rounded up (160 is the product of upsample_rates); silence fills the last one.
     Slaney's bands from 0 Hz to half the rate over magnitudes, log of at least 1e-5: the authors' training code.
     """
-    hop = math.prod(vocoder["upsample_rates"])
-    filters = mel_filters({"fft_window_size": 1024, "sampling_rate": vocoder["sampling_rate"], "frequency_min": 0,
-                           "frequency_max": vocoder["sampling_rate"] / 2, "feature_size": vocoder["model_in_dim"]})
+    hop, rate = math.prod(vocoder["upsample_rates"]), vocoder["sampling_rate"]
+    filters = mel_filters(rate, 1024, 0, rate / 2, vocoder["model_in_dim"])
     waveform = np.pad(waveform, (0, -len(waveform) % hop))
     magnitudes = spectra(waveform, 1024, hop)[:len(waveform) // hop]
     return np.log(np.maximum(magnitudes @ filters, 1e-5)).astype(np.float32)
@@ -816,11 +834,11 @@ def read_audio(cfg, audio, name="audio_prompt", seconds=None):
         raise InputError(f"{name}: {error}") from None
 
 
-def read_init_audio(cfg, audio, sampling):
-    """init_audio and what depends on it: (waveform np.float32 (samples,) at the vocoder's rate or None, sampling).
+def checked_init_audio(cfg, audio, sampling):
+    """`generate`'s init_audio as np.float32 (samples,) at the vocoder's rate, or None, and sampling, checked with it.
 
-    audio: as in `generate`; cut to audio_length_in_s
-    The returned sampling has numbers for strength and audio_length_in_s, the length of what is computed at once.
+    The waveform is cut to audio_length_in_s. In the sampling that is returned, strength is a number, and
+    audio_length_in_s the length of what is computed at once: the clip's, or with extend a window's.
     """
     length, repaint, extend = (sampling[name] for name in ("audio_length_in_s", "repaint", "extend"))
     if audio is None:
@@ -884,28 +902,31 @@ def share_of_new(samples, rate, parts, loop):
 def extended(cfg, call, embeds, params):
     """Waveforms (n, samples): call.original with seconds of music after its end, or before its start if below 0.
 
-    It goes on by windows of the checkpoint's own length, from known music but for the part that is made. What is known
-    is half a window at most, but for the fade at its end. With a strength below 1 the part starts from a repetition of
-    that, and is nearer to it.
+    Window by window, each of the checkpoint's own length. Its first half, or less if there is less, is the end of what
+    is there; the rest, and the last FADE seconds of what is there, are repainted, from a repetition of the first half
+    if strength is below 1.
     call: `checked_call`'s; embeds as in `render`
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
     window, _ = clip_size(cfg, own_length(cfg))
     evaluations = len(scheduler_timesteps(call.sampling["scheduler"], call.sampling["num_inference_steps"],
                                           cfg["schedule"], call.sampling["strength"]))
-    in_time = slice(None, None, 1 if seconds > 0 else -1)  # before the start all is done backwards
-    audio = np.repeat(call.original[None, in_time], len(call.seeds), axis=0)
+
+    def turned(waveforms):  # before the start all is the same, backwards
+        return waveforms if seconds > 0 else waveforms[:, ::-1]
+
+    audio = turned(np.repeat(call.original[None], len(call.seeds), axis=0))
     wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
         # its repetition, not silence: the VAE's encoder hears both sides, and the UNet would go on with silence
-        known = np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="wrap")[:, in_time]
+        known = turned(np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="wrap"))
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
         counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))
         made = render(cfg, *draw(call, i), embeds, params, {**call.sampling, "repaint": [part]}, counted, known)
-        audio = np.concatenate((audio[:, :-context], made[:, in_time]), axis=1)
-    return audio[:, :wanted][:, in_time]
+        audio = np.concatenate((audio[:, :-context], turned(made)), axis=1)
+    return turned(audio[:, :wanted])
 
 
 def window_count(cfg, samples, seconds):
@@ -957,10 +978,10 @@ def text_to_tokens(text, ranks, added):
         if i % 2:
             tokens.append(piece)
             continue
-        if i > 0 and added[pieces[i - 1]][1]:
-            piece = piece.lstrip()
-        if i + 1 < len(pieces) and added[pieces[i + 1]][0]:
-            piece = piece.rstrip()
+        _, strips_right = added[pieces[i - 1]] if i > 0 else (False, False)
+        strips_left, _ = added[pieces[i + 1]] if i + 1 < len(pieces) else (False, False)
+        piece = piece.lstrip() if strips_right else piece
+        piece = piece.rstrip() if strips_left else piece
         for word in words(piece):
             tokens += byte_pairs("".join(characters[byte] for byte in word.encode("utf-8")), ranks)
     return tokens
@@ -1007,14 +1028,16 @@ def text_inputs(cfg, ids, mask, length):
 
 
 def padded_length(cfg, tokens):
-    """Up to a multiple of 16, so that there are few lengths to compile, and at most the text tower's positions."""
+    """A number of tokens, rounded up to a multiple of 16, so that there are few lengths to compile, or to as many as
+    the text tower has positions for."""
     text = cfg["text_encoder"]["text_config"]
     return min(math.ceil(tokens / 16) * 16, text["max_position_embeddings"] - text["pad_token_id"] - 1)
 
 
 # ------------------------------------------------------------------------------------------------- sizes, seeds, checks
 
-SIZES, COMPILED = 24, set()  # how many sizes, of all models together, have compiled graphs at most, and which do
+SIZES = 24  # of all models together, which may have compiled graphs at once
+COMPILED = set()  # those that do
 
 
 def make_room(cfg, model, *size):
@@ -1030,27 +1053,20 @@ def make_room(cfg, model, *size):
 
 
 def prepared(cfg, params, as_tensor=Tensor.from_numpy):
-    """The UNet's parameters with its convolutions' weights as layers.convolution multiplies with them on a CPU.
+    """The UNet's parameters with the kernels of its convolutions transformed already (layers.prepared_weight), so that
+    this is done once rather than at each of 200 steps. Elsewhere than on a CPU they are returned as they are.
 
-    They take 1.8 to 4 times the memory. Prepared weights are returned as they are, and so are all on another device.
-    `generate` prepares them in each call: for many calls, pass it {**params, "unet": prepared(cfg, params["unet"])}.
-    weights.save_params takes none of these.
+    They take 1.8 to 4 times the memory. `generate` prepares them in each call, unless they are prepared: for many
+    calls, pass it {**params, "unet": prepared(cfg, params["unet"])}. weights.save_params takes none of these.
     as_tensor: makes a Tensor of each new array
     """
     if checkpoints.use_device(cfg) != "CPU":
         return params
-    exact = layers.products_are_exact()
 
     def prepare(name, x):
         if x.ndim < 4 or x.shape[2:] == (1, 1):
             return x
-        array = x.asnumpy()  # layers.fast_weight in NumPy: MindSpore would compile it for each shape
-        if x.dtype != mindspore.float32 or "downsamplers" in name or not exact:
-            array = layers.gathered_weight(array)
-        else:  # the largest weights are for the smallest images, which have few tiles of 4 by 4 outputs
-            g, taps, shape = layers.fast_weight_transform(x.shape, 4 if x.size < 2 ** 20 else 2)
-            array = (g.asnumpy() @ array.reshape(taps).T).reshape(shape)
-        return as_tensor(np.ascontiguousarray(array))
+        return as_tensor(layers.prepared_weight(x, stride=2 if "downsamplers" in name else 1))
 
     return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
 
@@ -1180,7 +1196,7 @@ def take_seeds(seed, prompts, takes):
 
 
 def standard_normal(seeds, number, size):
-    """The unit normal noise of a run's draw of a number, float32 (n, *size): each waveform's follows from its seed."""
+    """Unit normal noise, float32 (n, *size): of each waveform what its seed gives under this number."""
     streams = [np.random.SeedSequence(seed, spawn_key=(number,)) for seed in seeds]
     return np.stack([np.random.default_rng(stream).standard_normal(size, np.float32) for stream in streams])
 
@@ -1201,7 +1217,7 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
     at_once: how many waveforms are to fit in memory, if not all
     sampling (strength and audio_length_in_s are numbers), prompt_embeds, negative_prompt_embeds, latents, noise (arrays
     or None), audio_prompt (waveform, rate) or None, original (samples,) or None, callback; guided: whether the UNet
-    runs twice; negative_prompts, one a prompt; seeds, one a waveform; size: the latents' (8, h, w)
+    takes two rows a waveform; negative_prompts, one a prompt; seeds, one a waveform; size: the latents' (8, h, w)
     """
     models = [*checkpoints.MODELS]
     for name, value, parts in (("cfg", cfg, ["sampling", *models]), ("params", params, models)):
@@ -1215,7 +1231,7 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
         if prompt is not None or audio_prompt is not None:
             raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
         prompt_embeds = checked_vectors("prompt_embeds", prompt_embeds, None, cfg)
-        conditions = [row.tobytes() for row in prompt_embeds]
+        conditions = [row.tobytes() for row in prompt_embeds]  # of equal ones the seed counts up
     else:
         audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
         conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
@@ -1227,7 +1243,7 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
         negative_prompt_embeds = checked_vectors("negative_prompt_embeds", negative_prompt_embeds, n, cfg)
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {shown(callback)}; valid: a function of step, timestep and latents")
-    original, sampling = read_init_audio(cfg, init_audio, sampling)
+    original, sampling = checked_init_audio(cfg, init_audio, sampling)
     guided, (_, size) = sampling["guidance_scale"] > 1, clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     shape = (n * sampling["num_waveforms_per_prompt"], *size)
     check_memory(cfg, (min(shape[0], at_once), *size), guided)
@@ -1551,7 +1567,7 @@ def kept_graphs(plan, device="CPU"):
     with contextlib.ExitStack() as stack:
         try:
             if device != "CPU":
-                raise OSError
+                raise OSError("nobody has tried it")
             import fcntl  # not on Windows
             cache.mkdir(parents=True, exist_ok=True)
             for left in cache.glob("*.part"):
@@ -1561,13 +1577,13 @@ def kept_graphs(plan, device="CPU"):
                     shutil.rmtree(left, ignore_errors=True)
                 os.close(file)
             if not (cache / key).exists():
-                with tempfile.TemporaryFile(dir=cache) as file:  # MindSpore would complain again and again
+                with tempfile.TemporaryFile(dir=cache) as file:  # room for it, or MindSpore complains for each graph
                     file.write(bytes(2 ** 26))
             part = pathlib.Path(tempfile.mkdtemp(dir=cache))
             fcntl.flock(os.open(part, os.O_RDONLY), fcntl.LOCK_EX)  # before another process can take it for a leftover
             part = part.rename(part.with_suffix(".part"))
             stack.callback(shutil.rmtree, part, ignore_errors=True)
-        except (OSError, ImportError):  # as well without
+        except (OSError, ImportError):  # then without kept graphs
             os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
             yield
             return
@@ -1589,7 +1605,7 @@ def planned(args):
     texts, n = list(prompts.values()) or [""], args.interpolate or max(1, len(prompts))
     away = args.negative_prompt  # None, one for all prompts, or a list of one for each
     options = {} if away is None else {"negative_prompt": away[0] if len(away) == 1 else away}
-    each = [f"way {i}" for i in range(n)] if args.interpolate else texts  # different texts have the same seeds
+    each = [f"way {i}" for i in range(n)] if args.interpolate else texts  # different, so that the seed is one
     call = checked_call(cfg, each, at_once=args.batch, audio_prompt=args.audio_prompt, init_audio=args.init_audio,
                         **options)
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]

@@ -907,10 +907,10 @@ def read_parameter(name, stored, sources):
 # --------------------------------------------------------------------------------------------------------------- tree
 
 def nest(flat):
-    """{"a.0.b.weight": x} -> {"a.0": {"b": {"weight": x}}}."""
+    """{"a.0.b.weight": x} -> {"a.0": {"b": {"weight": x}}}; "net.0.proj" is one key."""
     tree = {}
     for name, value in flat.items():
-        *path, leaf = re.findall(r"[A-Za-z]\w*(?:\.\d+)*(?:\.proj(?=\.))?", name)
+        *path, leaf = re.findall(r"[A-Za-z]\w*(?:\.\d+(?:\.proj(?=\.))?)*", name)
         node = tree
         for key in path:
             node = node.setdefault(key, {})

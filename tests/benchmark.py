@@ -150,7 +150,7 @@ def musicldm_stages(args, dtype):
     latents = rng.standard_normal((1, c, h, w), np.float32)
     mel = rng.standard_normal((1, h * factor, w * factor), np.float32)
     embeds = rng.standard_normal((2, cfg["text_encoder"]["projection_dim"]), np.float32)
-    few_steps = {**cfg["sampling"], "num_inference_steps": 4}
+    few_steps = {**cfg["sampling"], "strength": 1.0, "num_inference_steps": 4}
 
     def matmul():
         product, square = mindspore.jit(mindspore.ops.matmul), mindspore.ops.ones((SQUARE, SQUARE))
@@ -163,7 +163,7 @@ def musicldm_stages(args, dtype):
             profiler = mindspore.Profiler(start_profile=False, output_path=folder,
                                           activities=[mindspore.profiler.ProfilerActivity.CPU])
             at = {3: profiler.start, 13: profiler.stop}
-            musicldm.denoise(cfg, latents, iter(()), embeds, params, {**cfg["sampling"], "num_inference_steps": 15},
+            musicldm.denoise(cfg, latents, iter(()), embeds, params, {**few_steps, "num_inference_steps": 15},
                              lambda step, *_: at[step]() if step in at else None)
             (path,) = pathlib.Path(folder).rglob("cpu_op_type_info_*.csv")
             with path.open() as file:

@@ -110,7 +110,7 @@ def of_rounded(primitive):
 def latents_and_mels(checkpoint, seconds, seed, in_bfloat16):
     """Of 20 and 200 steps; in bfloat16 as with AMX: the factors of every product rounded, sums in float32."""
     if in_bfloat16:  # in a process of its own: what is compiled stays compiled
-        layers.products_are_exact = lambda: False
+        layers.is_fast = lambda dtype, stride: False
         layers.ops = sys.modules["rounding_ops"] = types.ModuleType("rounding_ops")
         vars(layers.ops).update({**vars(ops), "__name__": "rounding_ops", "MatMul": of_rounded(ops.MatMul),
                                  "BatchMatMul": of_rounded(ops.BatchMatMul)})

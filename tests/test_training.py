@@ -124,8 +124,7 @@ def test_latents_and_log_mel_equal_the_references(stored, params):
 def test_the_loss_sees_the_spectrogram_that_scipy_makes(size):
     x = np.random.default_rng(0).standard_normal((2, 4800)).astype(np.float32) * 0.1
     _, _, found = dsp.stft(x, window="hann", nperseg=size, noverlap=size - 160, boundary=None, padded=False)
-    filters = musicldm.mel_filters({"fft_window_size": size, "sampling_rate": 16000, "frequency_min": 0,
-                                    "frequency_max": 8000, "feature_size": size // 16})
+    filters = musicldm.mel_filters(16000, size, 0, 8000, size // 16)
     expected = np.log(np.maximum(np.abs(found).transpose(0, 2, 1) * (size / 2) @ filters, 1e-5))
     made = losses.log_mel(Tensor(x), size, 160, size // 16, 16000).asnumpy().reshape(2, -1, size // 16)
     assert np.abs(made - expected[:, :made.shape[1]]).max() < 1e-4

@@ -128,9 +128,7 @@ def hum(audio):
 
 def style_features(audio):
     """Level, spread and movement of 64 log-mel bands (192,)."""
-    mel = np.log(spectrogram(audio) @ musicldm.mel_filters(
-        {"fft_window_size": 1024, "sampling_rate": RATE, "frequency_min": 0, "frequency_max": RATE / 2,
-         "feature_size": 64}) + 1e-4)
+    mel = np.log(spectrogram(audio) @ musicldm.mel_filters(RATE, 1024, 0, RATE / 2, 64) + 1e-4)
     return np.concatenate([mel.mean(0), mel.std(0), np.abs(np.diff(mel, axis=0)).mean(0)])
 
 

@@ -45,8 +45,7 @@ def stft_basis(size, hop, bands, rate):
     hann = np.hanning(size + 1)[:-1, None]
     basis = np.concatenate([np.cos(angles) * hann, -np.sin(angles) * hann], axis=1)
     basis = np.pad(basis, ((0, -size % hop), (0, 0)))
-    filters = musicldm.mel_filters({"fft_window_size": size, "sampling_rate": rate, "frequency_min": 0,
-                                    "frequency_max": rate / 2, "feature_size": bands})
+    filters = musicldm.mel_filters(rate, size, 0, rate / 2, bands)
     return Tensor(basis.astype(np.float32)), Tensor(filters.astype(np.float32))
 
 
