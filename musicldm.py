@@ -20,6 +20,7 @@ outside have diffusers' layout (n, channels, h, w).
 import argparse
 import collections
 import contextlib
+import fractions
 import functools
 import gc
 import hashlib
@@ -41,7 +42,8 @@ import unicodedata
 import warnings
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it here: its errors, without its warnings about kept graphs
+    os.environ.setdefault("GLOG_v", "4")  # MindSpore reads it here: no lines of its own beside its exceptions
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process: Python's exception crashes its import
 
 import mindspore
 import numpy as np
@@ -597,11 +599,15 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
 def resample(audio, rate, new_rate):
     """Audio (..., samples) at one integer rate in Hz -> (..., ceil(samples * new_rate / rate)) at another, float64.
 
+    Where the ratio of the rates takes numbers above 2,000, the nearest that does not is taken, and its own length.
     The low-pass filter is flat up to 0.913 of the lower rate's Nyquist frequency and 126 dB down above it, like soxr's
     HQ, with which the reference resamples: CLAP's bands above 8 kHz hear of 16 kHz audio only what the filter leaks.
     """
     from scipy import signal as dsp  # here, as it takes most of a second, and few need it
-    up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
+    ratio = fractions.Fraction(new_rate, rate)
+    if max(ratio.numerator, ratio.denominator) > 2000:  # its filter would have hundreds of thousands of taps
+        ratio = ratio.limit_denominator(2000) if ratio < 1 else 1 / (1 / ratio).limit_denominator(2000)
+    up, down = ratio.numerator, ratio.denominator
     nyquist = 1 / max(up, down)  # of the lower rate, as a share of that of the rate at which the filter runs
     taps, beta = dsp.kaiserord(126, (1 - 0.913) * nyquist)
     lowpass = dsp.firwin(taps | 1, (1 + 0.913) / 2 * nyquist, window=("kaiser", beta))
@@ -818,20 +824,23 @@ def read_audio(cfg, audio, name="audio_prompt", seconds=None):
             with soundfile.SoundFile(audio) as file:
                 rate = file.samplerate
                 audio = file.read(seconds * rate if seconds else samples_to_read(cfg, rate)), rate
-        except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: of samples without a header
+        except (OSError, TypeError, ValueError, soundfile.SoundFileError) as error:  # TypeError: without a header
             problem = checkpoints.one_line(error) if os.path.exists(audio) else "there is no such file"
-            raise InputError(f"{name}: cannot read {audio}: {problem}; valid: a file that soundfile reads, such as "
-                             "wav, flac, ogg or mp3") from None
-    pair = isinstance(audio, (tuple, list)) and len(audio) == 2 and np.ndim(audio[0]) > 0
+            raise InputError(f"{name}: cannot read {shown(str(audio))}: {problem}; valid: a file that soundfile reads, "
+                             "such as wav, flac, ogg or mp3") from None
+    pair = isinstance(audio, (tuple, list)) and len(audio) == 2 and isinstance(audio[0], (np.ndarray, list, tuple))
     waveform, rate = audio if pair else (audio, cfg["vocoder"]["sampling_rate"])
     if isinstance(waveform, np.ndarray) and waveform.ndim == 2:
-        if waveform.shape[1] > max(1, len(waveform)):
+        if not 0 < waveform.shape[1] <= max(1, len(waveform)):
             raise InputError(f"{name} has the shape {waveform.shape}; valid: (samples,) or (samples, channels)")
         waveform = waveform.mean(axis=1)
     try:
-        return checked_audio([waveform], rate)[0], rate
+        waveform, = checked_audio([waveform], rate)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+    if not waveform.any():
+        raise InputError(f"{name} is silent once it is mono; valid: music")
+    return waveform, rate
 
 
 def checked_init_audio(cfg, audio, sampling):
@@ -846,21 +855,25 @@ def checked_init_audio(cfg, audio, sampling):
             if sampling[name]:
                 raise InputError(f"{name} stands without init_audio; valid: both")
         return None, {**sampling, "audio_length_in_s": own_length(cfg) if length is None else length, "strength": 1.0}
-    rate, longest = cfg["vocoder"]["sampling_rate"], checkpoints.RANGES["sampling.audio_length_in_s"][1]
+    rate, (shortest, longest) = cfg["vocoder"]["sampling_rate"], checkpoints.RANGES["sampling.audio_length_in_s"]
     waveform, own_rate = read_audio(cfg, audio, "init_audio", longest + 1)
-    if not waveform.any():
-        raise InputError("init_audio is silent; valid: music")
     heard = waveform[:math.ceil((longest if length is None else length) + 1) * own_rate]  # no more is worth resampling
     waveform = resample(heard, own_rate, rate).astype(np.float32)
     if length is not None and length > len(waveform) / rate:
-        raise InputError(f"audio_length_in_s is {length:g}, and init_audio has {len(waveform) / rate:g} s; valid: up "
-                         "to that; extend makes it longer")
+        raise InputError(f"audio_length_in_s is {length:.9g}, and init_audio has {len(waveform) / rate:.9g} s; valid: "
+                         "up to that; extend makes it longer")
+    if length is None and not shortest <= len(waveform) / rate <= longest:
+        valid = (f"{shortest:g} s or more" if len(waveform) / rate < shortest else
+                 f"up to {longest} s, or audio_length_in_s for how much of it is taken")
+        raise InputError(f"init_audio has {len(waveform) / rate:g} s; valid: {valid}")
     length = len(waveform) / rate if length is None else length
-    length = checkpoints.checked_value("sampling.audio_length_in_s", length, None)
     strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
     if int(sampling["num_inference_steps"] * strength) == 0:
+        least = math.ceil(1000 / sampling["num_inference_steps"]) / 1000
         raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
-                         "steps, or more strength")
+                         f"steps, or a strength from {least:g} to 1")
+    if extend == 0:
+        raise InputError("extend is 0; valid: seconds to add, below 0 before the start, or null for none")
     if extend:
         for name, clashes in (("repaint", repaint), ("loop", sampling["loop"]),
                               ("output_type", sampling["output_type"] != "np")):
@@ -869,6 +882,10 @@ def checked_init_audio(cfg, audio, sampling):
         if length + abs(extend) > longest:
             raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
     samples, _ = clip_size(cfg, length, sampling["loop"])
+    if sampling["loop"] and samples > len(waveform):  # rounded up, a loop would hold silence
+        shortest, _ = clip_size(cfg, 0, True)
+        samples = max(shortest, samples - shortest)
+        length = samples / rate
     share_of_new(samples, rate, repaint, sampling["loop"])  # refuses parts that cannot be
     waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
     return waveform, {**sampling, "audio_length_in_s": own_length(cfg) if extend else length, "strength": strength}
@@ -887,7 +904,8 @@ def share_of_new(samples, rate, parts, loop):
         first, last = round(start * rate), round(end * rate)
         if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
             raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
-                             f"{samples / rate:g} s, the start first, or in a loop across its seam, such as 6:1")
+                             f"{samples / rate:g} s, the start first by a sample or more, or in a loop across its "
+                             "seam, such as 6:1")
         place = np.arange(first, last if last > first else last + samples)
         up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
         down = np.ones(len(place)) if last == samples and not loop else (np.arange(len(place)) + 1)[::-1] / (ramp + 1)
@@ -1221,12 +1239,11 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
     """
     models = [*checkpoints.MODELS]
     for name, value, parts in (("cfg", cfg, ["sampling", *models]), ("params", params, models)):
-        if (name, value) != ("params", None) and not (isinstance(value, dict) and value.keys() >= {*parts}):
+        if not (name == "params" and value is None or isinstance(value, dict) and value.keys() >= {*parts}):
             raise InputError(f"{name} is {shown(value)}; valid: a dict with {', '.join(parts)}")
-    for model in models if params else []:
-        held, wanted = next(iter(checkpoints.flatten(params[model]).values())).dtype, checkpoints.tensor_dtype(cfg)
-        if held != wanted:
-            raise InputError(f"params[{model!r}] holds {held}, and cfg computes in {wanted}; valid: of one dtype")
+    checkpoints.check_config(cfg)
+    if params is not None:
+        check_params(cfg, params)
     if prompt_embeds is not None:
         if prompt is not None or audio_prompt is not None:
             raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
@@ -1234,7 +1251,9 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
         conditions = [row.tobytes() for row in prompt_embeds]  # of equal ones the seed counts up
     else:
         audio_prompt = None if audio_prompt is None else read_audio(cfg, audio_prompt)
-        conditions = [""] if prompt is None and audio_prompt is not None else checked_prompts(prompt)
+        if prompt is None and audio_prompt is None:
+            raise InputError("prompt is None; valid: a text, a list of texts, or instead audio_prompt or prompt_embeds")
+        conditions = [""] if prompt is None else checked_prompts(prompt)
     n, sampling = len(conditions), checked_options(cfg, options, len(conditions))
     negative = sampling["negative_prompt"]
     if negative_prompt_embeds is not None:
@@ -1258,15 +1277,27 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
         noise=None if noise is None else checked_array("noise", noise, (sampling["num_inference_steps"], *shape)))
 
 
+def check_params(cfg, params):
+    """Refuse parameters that are not of cfg's architecture and dtype; a UNet's may be `prepared`."""
+    wanted = checkpoints.tensor_dtype(cfg)
+    for name, x in checkpoints.checked_tree(cfg, params, may_be_prepared=True).items():
+        if x.dtype != wanted:
+            raise InputError(f"params hold {x.dtype} in {name}, and cfg computes in {wanted}; valid: of one dtype")
+
+
 def checked_array(name, value, shape):
     """float32 (*shape), whose first length may be None for any."""
+    wanted = f"({', '.join('n' if length is None else str(length) for length in shape)})"
     try:
-        array = np.asarray(value, np.float32)
+        array = np.asarray(value)
+        array = array.astype(np.float32) if array.dtype.kind in "fiu" else None
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} is not an array of numbers; valid: shape {shape}") from None
+        array = None
+    if array is None:
+        raise InputError(f"{name} is not an array of numbers; valid: shape {wanted}")
     if array.ndim != len(shape) or array.size == 0 or any(
-            wanted not in (None, length) for wanted, length in zip(shape, array.shape)):
-        raise InputError(f"{name} has the shape {array.shape}; valid: {shape}")
+            length not in (None, found) for length, found in zip(shape, array.shape)):
+        raise InputError(f"{name} has the shape {array.shape}; valid: {wanted}")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or Inf; valid: finite numbers")
     return array
@@ -1302,25 +1333,25 @@ def checked_audio(audio, sampling_rate):
     return arrays
 
 
-def checked_prompts(prompt):
+def checked_prompts(prompt, name="prompt"):
     """A text, or a list of texts -> a list of one text or more; else an InputError."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise InputError(f"prompt is {shown(prompt)}; valid: a text, or a list of one text or more")
+        raise InputError(f"{name} is {shown(prompt)}; valid: a text, or a list of one text or more")
     for text in prompts:
         if re.search("[\udc80-\udcff]", text):  # what Python makes of a byte that it could not decode
-            raise InputError(f"prompt {shown(text)} is not text in this locale, whose encoding is "
-                             f"{sys.getfilesystemencoding()}; valid: a UTF-8 locale, such as LC_ALL=C.UTF-8")
+            raise InputError(f"{name} {shown(text)} is not Unicode text; valid on the command line: a UTF-8 locale, "
+                             f"such as LC_ALL=C.UTF-8; this one's encoding is {sys.getfilesystemencoding()}")
         if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"prompt {shown(text)} holds half a surrogate pair; valid: Unicode text")
+            raise InputError(f"{name} {shown(text)} holds half a surrogate pair; valid: Unicode text")
         if len(text) > 10000:  # byte pairs take the square of it, and the text tower 512 tokens
-            raise InputError(f"prompt {shown(text)} has {len(text)} characters; valid: up to 10000")
+            raise InputError(f"{name} {shown(text)} has {len(text)} characters; valid: up to 10000")
     return list(prompts)
 
 
 def checked_options(cfg, options, n):
     """cfg["sampling"] with the options of one call for n prompts, all checked."""
-    defaults = checkpoints.read_yaml(DEFAULT_CONFIG)["sampling"]
+    defaults = checkpoints.published_config()["sampling"]
     sampling = {name: checkpoints.checked_value(f"sampling.{name}", options.get(name, cfg["sampling"][name]), default)
                 for name, default in defaults.items()}
     scheduler, train = sampling["scheduler"], cfg["schedule"]["num_train_timesteps"]
@@ -1334,7 +1365,7 @@ def checked_options(cfg, options, n):
         value = sampling[name]
         if isinstance(value, (list, tuple)) and len(value) != valid:
             raise InputError(f"{name} is a list of {len(value)}; valid: one, or a list of {valid}")
-    checked_prompts(sampling["negative_prompt"] or "")
+    checked_prompts(sampling["negative_prompt"] or "", "negative_prompt")
     return sampling
 
 
@@ -1454,11 +1485,11 @@ def read_prompts(args):
 SHORTCUTS = {
     "--seconds": ("sampling.audio_length_in_s", "S", "length, 0.04 to 600 (default the checkpoint's own), or how much "
                                                      "of --init-audio is taken"),
-    "--steps": ("sampling.num_inference_steps", "N", "UNet evaluations, 1 to 999: more are slower and better"),
+    "--steps": ("sampling.num_inference_steps", "N", "steps from noise to music, 1 to 999: more are slower and better"),
     "--scheduler": ("sampling.scheduler", "NAME", "ddim, dpm, pndm, lms, heun, euler or euler_ancestral"),
     "--guidance": ("sampling.guidance_scale", "G", "how much the prompt leads, 1 to 5 as a rule; up to 1 there is no "
                                                    "guidance, in half the time"),
-    "--eta": ("sampling.eta", "E", "fresh noise in each step of ddim, 0 to 1"),
+    "--eta": ("sampling.eta", "E", "fresh noise in each step of ddim, 0 (none) to 1"),
     "--seed": ("sampling.seed", "N", "0 or more, or random: the same seed gives the same music"),
     "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, from the most like it (by CLAP's "
                                                               "score, up to 1) to the least"),
@@ -1509,16 +1540,16 @@ def parse_arguments(argv):
     parser.error = fail
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to play; may be repeated")
     parser.add_argument("--prompts-file", metavar="FILE", help="a prompt on each line that is not blank; files are "
-                        "named by line and seed")
+                        "named by line and seed, such as musicldm_00001_seed0.wav")
     parser.add_argument("--negative-prompt", action="append", metavar="TEXT",
-                        help="what to steer away from; repeated, one for each prompt")
+                        help="what to steer away from, once for all prompts, or once for each")
     parser.add_argument("--audio-prompt", metavar="FILE", help="music to follow, alone or mixed into the prompts: "
                         "nothing of it is kept")
     parser.add_argument("--init-audio", metavar="FILE", help="music to change, under a prompt")
     parser.add_argument("--repaint", type=part, action="append", default=[], metavar="START:END",
                         help="seconds of it to make anew; may be repeated, and cross a loop's seam")
     parser.add_argument("--interpolate", type=count, metavar="N", help="N clips on the way between two prompts")
-    defaults = checkpoints.read_yaml(DEFAULT_CONFIG)
+    defaults = checkpoints.published_config()
     for flag, (key, metavar, text) in SHORTCUTS.items():
         default = functools.reduce(dict.get, key.split("."), defaults)
         parser.add_argument(flag, dest="set", action="append", metavar=metavar,
@@ -1526,15 +1557,18 @@ def parse_arguments(argv):
                             type=lambda value, key=key: f"{key}={json.dumps(as_meant(key, value))}")
     parser.add_argument("--loop", dest="set", action="append_const", const="sampling.loop=true",
                         help="a clip that repeats without a seam")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="any key of config.yaml")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE",
+                        help="any key of config.yaml, such as sampling.seed=3")
     parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
     parser.add_argument("--weights", metavar="DIR|HUB-ID|demo|random", help="checkpoint folder, hub id such as "
                         f"ucsd-reach/musicldm, our own small one, or random numbers (default {defaults['weights']})")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
     parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending; if the "
                         "file is there, a number is added (default musicldm.wav)")
-    parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms at once (default 1)")
+    parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram: time goes to the "
+                        "right, pitch upwards")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms computed together (default 1): "
+                        "faster, with more memory")
     parser.add_argument("--resume", action="store_true", help="skip files that are there, whatever made them")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     args, rest = parser.parse_known_args(argv)
@@ -1609,11 +1643,15 @@ def planned(args):
     call = checked_call(cfg, each, at_once=args.batch, audio_prompt=args.audio_prompt, init_audio=args.init_audio,
                         **options)
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
+    if call.original is not None and np.abs(call.original).max() > 1.1:  # resampling alone may pass 1
+        warnings.warn(f"--init-audio reaches {np.abs(call.original).max():.2f}: what stays of it is clipped at 1")
+    if away and not call.guided:
+        warnings.warn(f"--negative-prompt does nothing with guidance {sampling['guidance_scale']:g}; above 1 it does")
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
-    if args.interpolate and (len(args.prompt), takes) != (2, 1):
-        raise InputError(f"--interpolate stands beside --prompt {len(args.prompt)} times and --waveforms {takes}; "
-                         "valid: twice and 1")
+    if args.interpolate and (len(args.prompt), takes, args.interpolate == 1) != (2, 1, False):
+        raise InputError(f"--interpolate {args.interpolate} stands beside --prompt {len(args.prompt)} times and "
+                         f"--waveforms {takes}; valid: 2 or more, beside --prompt twice and --waveforms 1")
     samples, _ = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
     if sampling["extend"]:
         samples = len(call.original) + round(abs(sampling["extend"]) * cfg["vocoder"]["sampling_rate"])
@@ -1637,8 +1675,12 @@ def planned(args):
         if "RANK_ID" not in os.environ:
             raise InputError("RANK_ID is not set; valid on several hosts: msrun with --node_rank")
         groups = groups[int(os.environ["RANK_ID"])::int(os.environ["RANK_SIZE"])]
-    missing = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]
-                       if not (args.resume and path.exists())] for group in groups}
+    own = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]]
+           for group in groups}
+    there = [path for files in own.values() for path in files if path.exists()]
+    if there and not args.resume:
+        raise InputError(f"{there[0]} is there; valid under msrun: a new --out, or --resume")
+    missing = {group: [path for path in files if path not in there] for group, files in own.items()}
     return types.SimpleNamespace(
         **vars(call), cfg=cfg, texts=texts, prompted=bool(prompts), samples=samples, batch=args.batch,
         paths=paths, pictures=pictures, missing={group: files for group, files in missing.items() if files},
@@ -1663,7 +1705,10 @@ def what_graphs_follow_from(plan):
 def produce(plan, params, quiet):
     """Yield for each group {path: bytes} of the files that are missing, and a line about each waveform."""
     sampling, takes = plan.sampling, plan.sampling["num_waveforms_per_prompt"]
-    cfg = {**plan.cfg, "sampling": {**plan.cfg["sampling"], "negative_prompt": None}}  # it goes as vectors
+    own = {"negative_prompt": None}  # it goes as vectors
+    if plan.original is not None:
+        own["audio_length_in_s"] = None  # the original is as long as that already
+    cfg = {**plan.cfg, "sampling": {**plan.cfg["sampling"], **own}}
     weight, rate = sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"]
     seconds = plan.samples / rate
     evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"],
@@ -1779,6 +1824,7 @@ def main(argv=None, keep_graphs=False):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that was interrupted
     os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "1")  # "0" keeps no graphs

@@ -181,7 +181,10 @@ def one_line(error):
 
 def shown(value):
     """A value as a message shows it: in one line of 200 characters at most, and of a dict the keys alone."""
-    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else one_line(repr(value))
+    try:
+        text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else one_line(repr(value))
+    except Exception:  # of its own __repr__, a number of too many digits, too deep a list
+        text = f"a value of the type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -279,6 +282,16 @@ def heads_by_level(unet_cfg):
     return tuple(heads) if isinstance(heads, (list, tuple)) else (heads,) * len(unet_cfg["block_out_channels"])
 
 
+def check_config(cfg):
+    """Refuse what load_config could not have returned: an InputError that names it."""
+    published = published_config()
+    merged(published, known_part(cfg, published))
+    missing = flatten(published).keys() - flatten(cfg).keys()
+    if missing:
+        raise InputError(f"cfg lacks {listed(sorted(missing))}; valid: what load_config returned")
+    check_architecture(cfg)
+
+
 def check_architecture(cfg):
     """Refuse numbers that cannot be a network: an InputError that names them and says what would fit."""
     text, audio = cfg["text_encoder"]["text_config"], cfg["text_encoder"]["audio_config"]
@@ -366,7 +379,8 @@ def check_architecture(cfg):
 DEFAULT_CONFIG = pathlib.Path(__file__).with_name("config.yaml")
 CHOICES = {"device": ("auto", "Ascend", "CPU", "GPU"), "dtype": ("float32", "float16", "bfloat16", "hf32"),
            "sampling.output_type": ("np", "mel", "latent"), "schedule.prediction_type": ("epsilon", "v_prediction")}
-OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "unet.sample_size": 256}  # or null
+OPTIONAL = {"sampling.audio_length_in_s": 10.24, "sampling.strength": 0.5, "sampling.extend": 10.0,
+            "unet.sample_size": 256}  # or null
 RANGES = {"sampling.audio_length_in_s": (0.04, 600), "sampling.num_inference_steps": (1, 999),
           "sampling.guidance_scale": (0, 1000), "sampling.eta": (0, 1), "sampling.seed": (0, math.inf),
           "sampling.callback_steps": (1, math.inf), "sampling.num_waveforms_per_prompt": (1, 1000),
@@ -406,7 +420,8 @@ def checked_value(name, value, default):
         ok = value is None or fits(value, "") or fits(value, [""])
     elif name == "sampling.repaint":
         valid = "a list of parts, each [start, end] in seconds"
-        ok = value is None or value == [] or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        ok = value in (None, [], ()) or fits(value, [[0.0]]) and all(len(part) == 2 for part in value)
     elif name == "unet.attention_head_dim":
         valid, ok = "an integer, or a list of one a level", fits(value, 8) or fits(value, [8])
     elif name == "sampling.seed" and isinstance(value, (list, tuple)) and (fits(value, [0]) or not value):
@@ -440,9 +455,9 @@ def merged(base, new, prefix=""):
 
 
 def known_part(stated, base):
-    """What a config.json states of the keys that `base` has."""
-    return {key: known_part(stated[key], value) if isinstance(value, dict) else stated[key]
-            for key, value in base.items() if key in stated}
+    """What a nested dict, such as a config.json, states of the keys that `base` has."""
+    return {key: known_part(stated[key], value) if isinstance(value, dict) and isinstance(stated[key], dict)
+            else stated[key] for key, value in base.items() if key in stated}
 
 
 def parse_yaml(text, where):
@@ -461,6 +476,12 @@ def read_yaml(path):
         raise InputError(f"config: cannot read {path}: {one_line(error)}") from None
     tree = parse_yaml(text, f"config: cannot read {path}")
     return {} if tree is None else tree
+
+
+@functools.cache
+def published_config():
+    """The content of the config.yaml beside this module; callers must not change it."""
+    return read_yaml(DEFAULT_CONFIG)
 
 
 def parse_override(text):
@@ -485,10 +506,11 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
-    cfg = merged(read_yaml(DEFAULT_CONFIG), read_yaml(path))
+    published = published_config()
+    cfg = merged(published, read_yaml(path))
     folder = find_weights(functools.reduce(merged, changes, cfg)["weights"], quiet)
     if folder != RANDOM:
-        stated, published = read_config_files(folder), read_yaml(DEFAULT_CONFIG)
+        stated = read_config_files(folder)
         cfg = {**cfg, **merged({section: published[section] for section in stated},
                                {section: known_part(stated[section], published[section]) for section in stated})}
         if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
@@ -959,7 +981,7 @@ def one_at_a_time(function):
     """
     @functools.wraps(function)
     def call(*given, **named):
-        if len(given) > 1 and isinstance(given[1], dict):
+        if len(given) > 1 and isinstance(given[1], dict) and given[1].keys() & MODELS.keys():
             places = [name for name, x in inspect.signature(function).parameters.items() if x.kind != x.KEYWORD_ONLY]
             name = function.__name__
             raise InputError(f"{name} got the parameters second; valid: {name}({', '.join(places)})")
@@ -1163,15 +1185,27 @@ def clap_buffers(cfg):
                for i, depth in enumerate(cfg["audio_config"]["depths"]) for j in range(depth)}}
 
 
-def checked_arrays(cfg, params, dtype):
-    """{model: {name: array of `dtype`}} as files hold them; an InputError tells all that is wrong with the tree."""
-    shapes = param_shapes(cfg)
-    expected = {f"{model}.{name}": shape for model in shapes for name, shape in shapes[model].items()}
+def checked_tree(cfg, params, may_be_prepared=False):
+    """A tree of cfg's architecture as {"model.name": Tensor}; an InputError tells all that is wrong with it.
+
+    may_be_prepared: whether the kernels of the UNet may be layers.prepared_weight's
+    """
+    shapes = flatten(param_shapes(cfg))
     flat = {name: x if isinstance(x, Tensor) and x.is_floating_point()
             else f"{type(x).__name__} {getattr(x, 'dtype', '')}".strip() for name, x in flatten(params).items()}
-    problem = mismatch(expected, flat, "params")
+    for name in [name for name in shapes if may_be_prepared and name.startswith("unet.") and len(shapes[name]) == 4]:
+        o, i, kh, kw = shapes[name]
+        if getattr(flat.get(name), "shape", None) in ((o, kh * kw * i), (16, o, i), (36, o, i)):
+            shapes[name] = flat[name].shape
+    problem = mismatch(shapes, flat, "params")
     if problem:
         raise InputError(problem)
+    return flat
+
+
+def checked_arrays(cfg, params, dtype):
+    """{model: {name: array of `dtype`}} as files hold them; an InputError if there are none."""
+    shapes, flat = param_shapes(cfg), checked_tree(cfg, params)
     with np.errstate(over="ignore"):  # told below
         arrays = {model: {name: flat[f"{model}.{name}"].asnumpy().astype(dtype, order="C", copy=False)
                           for name in shapes[model]} for model in shapes}

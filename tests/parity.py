@@ -143,6 +143,8 @@ def main():
         return bfloat16(*sys.argv[2:])
     if not sys.argv[1:]:
         return report()
+    if len(sys.argv) != 3:
+        return print(__doc__)
     with np.load(sys.argv[2]) as file:
         expected = {key.split(".")[1]: file[key] for key in file.files}
     cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, sys.argv[1])

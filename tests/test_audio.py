@@ -89,6 +89,14 @@ def test_stretching_keeps_the_ends_and_constants():
     assert np.allclose(musicldm.stretch(np.full((1, 1001, 2), -3.0), 1024), -3)
 
 
+def test_odd_rates_take_the_nearest_ratio():
+    """One that is near: a filter for 191,999 Hz would have hundreds of thousands of taps."""
+    t = np.arange(191999) / 191999
+    odd = musicldm.resample(np.sin(2 * np.pi * 440 * t), 191999, 16000)
+    assert len(odd) == 16000 and np.allclose(odd[200:-200], np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)[200:-200],
+                                             atol=0.02)
+
+
 @pytest.mark.parametrize("size, window, shift", [(16, 4, 2), (16, 8, 4), (8, 8, 0), (12, 4, 0), (10, 5, 2)])
 def test_windows(size, window, shift):
     rows, inverse, places, bias = (x.asnumpy() for x in layers.windows(size, window, shift))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import mindspore
 import numpy as np
@@ -317,7 +318,7 @@ def test_graphs_are_kept_for_the_same_plan_alone():
     def plan(*arguments):
         return repr(musicldm.what_graphs_follow_from(musicldm.planned(musicldm.parse_arguments(tiny(*arguments)))))
 
-    soundfile.write("a.wav", np.zeros(16000), 16000)
+    soundfile.write("a.wav", np.ones(16000) * 0.1, 16000)
     pathlib.Path("x_2.wav").touch()
     base = ["--prompt", "a", "--out", "x.wav"]
     same = [[*base, *more] for more in ([], ["--seed", "5"], ["--steps", "3"], ["--guidance", "3"])]
@@ -447,8 +448,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompts-file", "folder.wav"], "--prompts-file folder.wav:"),
     (["--prompt", "a", "--prompts-file", "blank.txt"], "--prompt stands beside --prompts-file"),
     (["--prompt", "a", "--interpolate", "3"],
-     "--interpolate stands beside --prompt 1 times and --waveforms 1; valid: twice"),
-    (["--prompts-file", "two.txt", "--interpolate", "3"], "--interpolate stands beside --prompt 0 times"),
+     "--interpolate 3 stands beside --prompt 1 times and --waveforms 1; valid: 2 or more, beside --prompt twice"),
+    (["--prompts-file", "two.txt", "--interpolate", "3"], "--interpolate 3 stands beside --prompt 0 times"),
     *[(["--prompt", "a", flag, value], f"argument {flag}: {value!r}; valid: 1 to 9999")
       for flag in ("--interpolate", "--batch") for value in ("0", "x", "10000", "2.5")],
     (["--prompt", "a", "--waveforms", "0"],
@@ -459,7 +460,7 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
     (["--prompt", "a", "--scheduler", "dpm", "--eta", "1"],
      "--eta: sampling.eta is 1; valid with the scheduler dpm: 0"),
     (["--prompt", "a", "--audio-prompt-weight", "2"], "sampling.audio_prompt_weight is 2; valid: 0 to 1"),
-    *[(["--audio-prompt", name], f"audio_prompt: cannot read {name}: ")
+    *[(["--audio-prompt", name], f"audio_prompt: cannot read {name!r}: ")
       for name in ("none.wav", "blank.txt", "folder.wav", "samples.raw")],
     (["--audio-prompt", "silent.wav"], "audio_prompt: audio has the shape (0,)"),
     (["--prompt", "a", "--spectrogram", "a.jpg"], "--spectrogram a.jpg: unknown format '.jpg'; valid endings: .png"),
@@ -540,6 +541,16 @@ def test_ctrl_c_leaves_nothing_and_exits_130():
     assert files() == []
 
 
+def test_ctrl_c_before_anything_has_begun_ends_it_at_once():
+    """Python's own exception would crash MindSpore's import."""
+    with subprocess.Popen([sys.executable, musicldm.__file__, "--prompt", "a", "--out", "x.wav", *TINY], text=True,
+                          stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        time.sleep(0.4)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130) and "Error" not in error and files() == []
+
+
 def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
     reader, writer = os.pipe()
     os.close(reader)
@@ -591,6 +602,7 @@ def test_readme_main_command(beside):
 
 IN_A_PACKAGE = """
 import sys
+import time
 from copied import musicldm, weights
 cfg = musicldm.load_config(weights=sys.argv[1])
 print(musicldm.encode_prompt(cfg, "a", weights.load_params(cfg)).tobytes().hex())

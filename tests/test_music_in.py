@@ -81,6 +81,14 @@ def test_a_loop_is_repainted_over_its_seam(params):
     assert same(audio, music) == [(800, 14400)]
 
 
+def test_a_loop_of_music_holds_no_silence(params):
+    """A loop comes in steps of 0.16 s here: 0.3 s would be rounded to 0.32 s."""
+    options = {**SHORT, "loop": True, "repaint": [[0.1, 0.05]]}
+    short, = musicldm.generate(golden_config(), "a", params, **{**options, "init_audio": MUSIC[:4800]})
+    long, = musicldm.generate(golden_config(), "a", params, **options, audio_length_in_s=0.3)
+    assert len(short) == 2560 and len(long) == 5120 and same(long, MUSIC) == [(800, 1600)]
+
+
 @pytest.mark.parametrize("seconds", [0.5, -0.5])
 def test_extension_keeps_the_music_and_goes_on_from_it(seconds, params):
     cfg, calls = golden_config("unet.sample_size=8"), []
@@ -143,14 +151,16 @@ def test_the_command_line_is_generate(music, params):
     for name, arguments, options in (
             ("a", ["--strength", "0.5"], {"strength": 0.5}),
             ("b", ["--repaint", "0.1:0.2", "--repaint", "0.28:0.32"], {"repaint": [[0.1, 0.2], [0.28, 0.32]]}),
-            ("c", ["--extend", "-0.3", "--set", "unet.sample_size=8"], {"extend": -0.3})):
+            ("c", ["--extend", "-0.3", "--set", "unet.sample_size=8"], {"extend": -0.3}),
+            ("d", ["--loop", "--repaint", "0.1:0.05", "--seconds", "0.19"],
+             {"loop": True, "repaint": [[0.1, 0.05]], "audio_length_in_s": 0.19})):
         assert musicldm.main(["--prompt", "a", "--init-audio", music, *arguments, "--out", f"{name}.wav", *TINY]) == 0
         wanted, = musicldm.generate(cfg, "a", params, **SHORT, **options)
         written, _ = soundfile.read(f"{name}.wav")
         assert len(written) == len(wanted) and np.abs(written - wanted).max() <= 2 ** -15
 
 
-def test_batches_and_resume_and_processes_give_the_same_files(music, monkeypatch):
+def test_batches_and_resume_and_processes_give_the_same_files(music, monkeypatch, capsys):
     arguments = ["--prompt", "a", "--prompt", "b", "--init-audio", music, "--repaint", "0.1:0.2", *TINY]
     assert musicldm.main([*arguments, "--out", "one.wav"]) == musicldm.main([*arguments, "--batch", "2", "--out",
                                                                              "two.wav"]) == 0
@@ -163,6 +173,16 @@ def test_batches_and_resume_and_processes_give_the_same_files(music, monkeypatch
         monkeypatch.setenv("RANK_ID", rank)
         assert musicldm.main([*arguments, "--resume", "--out", "each.wav"]) == 0
     assert before == [open(f"each_{i}.wav", "rb").read() for i in (1, 2)]
+    assert musicldm.main([*arguments, "--out", "each.wav"]) == 2
+    assert capsys.readouterr().err == "musicldm: error: each_2.wav is there; valid under msrun: a new --out, or --resume\n"
+
+
+def test_what_is_clipped_or_does_nothing_is_told(music, capsys):
+    soundfile.write("loud.wav", 3 * MUSIC / np.abs(MUSIC).max(), 16000, "FLOAT")
+    assert musicldm.main(["--prompt", "a", "--init-audio", "loud.wav", "--repaint", "0.1:0.2", "--guidance", "1",
+                          "--negative-prompt", "b", *TINY]) == 0
+    clipped, nothing = capsys.readouterr().err.splitlines()
+    assert "warning: --init-audio reaches 3.00" in clipped and "warning: --negative-prompt does nothing" in nothing
 
 
 @pytest.mark.parametrize("options, message", [
@@ -177,14 +197,16 @@ def test_batches_and_resume_and_processes_give_the_same_files(music, monkeypatch
     ({"repaint": [[0.0, 0.2], [0.1, 0.3]]}, "0.1:0.3, which overlaps another"),
     ({"repaint": [[0.0, 0.2], [0.2, 0.32]]}, "the whole"), ({"repaint": [0.1, 0.2]}, r"valid: a list of parts, each"),
     ({"repaint": [[0.1]]}, "valid: a list of parts"), ({"repaint": "0.1:0.2"}, "valid: a list of parts"),
+    ({"extend": 0.0}, "extend is 0; valid: seconds"), ({"audio_prompt": np.zeros(5120)}, "audio_prompt is silent"),
     ({"extend": 600.0}, "extend is 600 beside 0.32 s; valid: up to 600 s in all"),
     ({"extend": 1.0, "repaint": [[0.1, 0.2]]}, "repaint .* stands beside extend"),
     ({"extend": 1.0, "loop": True}, "loop True stands beside extend"),
     ({"extend": 1.0, "output_type": "mel"}, "output_type 'mel' stands beside extend"),
     ({"extend": 1.0, "latents": np.zeros((1, 8, 8, 4))}, "latents or noise stand beside extend"),
-    ({"strength": 0.4}, "strength 0.4 leaves none of 2 steps"),
+    ({"strength": 0.4}, "strength 0.4 leaves none of 2 steps; valid: more steps, or a strength from 0.5 to 1"),
     ({"init_audio": np.zeros(5120)}, "init_audio is silent"),
-    ({"init_audio": MUSIC[:100]}, "audio_length_in_s is 0.00625"), ({"init_audio": "no.wav"}, "init_audio: cannot read"),
+    ({"init_audio": MUSIC[:100]}, "init_audio has 0.00625 s; valid: 0.04 s or more"),
+    ({"init_audio": "no.wav"}, "init_audio: cannot read"),
     ({"init_audio": np.full(5120, np.nan)}, "init_audio: audio holds NaN"),
     ({"init_audio": MUSIC, "audio_length_in_s": 700}, "valid: 0.04 to 600"),
     ({"init_audio": MUSIC, "audio_length_in_s": 0.4}, "init_audio has 0.32 s; valid: up to that; extend"),

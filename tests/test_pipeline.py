@@ -375,7 +375,7 @@ ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
 
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "prompt is"), (3, {}, "prompt is"), (["a", None], {}, "prompt is"), (b"a", {}, "prompt is"),
-    ("\ud800", {}, "surrogate"), ("caf\udcc3\udca9", {}, "not text in this locale, .*; valid: .*LC_ALL=C.UTF-8"),
+    ("\ud800", {}, "surrogate"), ("caf\udcc3\udca9", {}, "is not Unicode text; valid .*: a UTF-8 locale"),
     ("a", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; valid: an integer"),
     ("a", {"num_inference_steps": True}, "num_inference_steps is True; valid: an integer"),
     ("a", {"num_inference_steps": 0}, "valid: 1 to 999"), ("a", {"num_inference_steps": 1000}, "valid: 1 to 999"),
@@ -398,9 +398,16 @@ ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
     ("a", {"seed": [1, 2]}, "seed is a list of 2; valid: one, or a list of 1"), ("a", {"seed": []}, "a list of 0"),
     (["a", "b"], {"seed": [1, 2, 3], "num_waveforms_per_prompt": 2}, "seed is a list of 3; valid: one, or a list of 4"),
     ("a", {"seed": [-1]}, "seed is -1"), ("a", {"loop": 1}, "loop is 1; valid: true or false"),
-    (None, {}, "prompt is None"),
+    (None, {}, "prompt is None; .*audio_prompt or prompt_embeds"),
+    (np.zeros(3), {}, "prompt is array"), ({"a": 1}, {}, "prompt is a mapping of a"),
+    ("a", {"negative_prompt": "\ud800"}, "^negative_prompt .* surrogate"), ("a", {"seed": -10 ** 5000}, "a value of the"),
+    ("a", {"latents": np.zeros(ONE_PROMPT, complex)}, "latents is not an array of numbers"),
+    ("a", {"init_audio": np.ones(5120), "repaint": np.zeros((2, 3))}, "repaint is .*; valid: a list of parts"),
+    ("a", {"audio_prompt": ([[0.1], [0.2, 0.3]], 16000)}, "audio_prompt: audio"),
+    ("a", {"audio_prompt": np.zeros((5, 0))}, r"audio_prompt has the shape \(5, 0\)"),
+    ("a", {"audio_prompt": "\udc80"}, "audio_prompt: cannot read"), ("a", {"audio_prompt": "x\ny"}, "no such file"),
     (None, {"prompt_embeds": 2 * UNIT}, "^prompt_embeds has a row of length 2; valid: rows of length 1"),
-    (None, {"prompt_embeds": np.eye(1, 23)}, r"^prompt_embeds has the shape \(1, 23\); valid: \(None, 24\)"),
+    (None, {"prompt_embeds": np.eye(1, 23)}, r"^prompt_embeds has the shape \(1, 23\); valid: \(n, 24\)"),
     (None, {"prompt_embeds": UNIT[0]}, r"the shape \(24,\)"),
     (None, {"prompt_embeds": UNIT[:0]}, r"the shape \(0, 24\)"),
     (None, {"prompt_embeds": UNIT * np.nan}, "^prompt_embeds holds NaN or Inf"),
@@ -409,7 +416,7 @@ ONE_PROMPT, UNIT = (1, 8, 8, 4), np.eye(1, 24)
     ("a", {"negative_prompt_embeds": 0.9 * UNIT}, "^negative_prompt_embeds has a row of length 0.9"),
     ("a", {"negative_prompt_embeds": np.eye(2, 24)}, r"has the shape \(2, 24\); valid: \(1, 24\)"),
     ("a", {"negative_prompt_embeds": UNIT, "negative_prompt": ""}, "stands beside a negative_prompt"),
-    (None, {"audio_prompt": "no.wav"}, "audio_prompt: cannot read no.wav: there is no such file"),
+    (None, {"audio_prompt": "no.wav"}, "audio_prompt: cannot read 'no.wav': there is no such file"),
     (10001 * "a", {}, "has 10001 characters; valid: up to 10000"), ("a", {"latents": 10 ** 400}, "latents is not an arr"),
     ("a", {"guidance_scale": 1e20}, "valid: 0 to 1000"),
     (None, {"audio_prompt": __file__}, "audio_prompt: cannot read .*test_pipeline.py"),
@@ -432,8 +439,15 @@ def test_unusable_arguments(prompt, options, message, monkeypatch):
     (None, None, "cfg is None"), ("config.yaml", None, "cfg is 'config.yaml'; valid: a dict with sampling, "),
     ({"unet": {}}, None, "cfg is a mapping of unet"), (golden_config(), {"unet": {}}, "params is a mapping of unet; valid"),
     (golden_config(), "demo", "params is 'demo'; valid: a dict with text_encoder, unet, vae, vocoder"),
+    ({name: x for name, x in golden_config().items() if name != "dtype"}, None, "cfg lacks dtype; valid: what load"),
+    ({**golden_config(), "sampling": {}}, None, "cfg lacks sampling.audio_length_in_s, "),
+    ({**golden_config(), "dtype": "float64"}, None, "dtype is 'float64'; valid: float32"),
+    ({**golden_config(), "unet": {**golden_config()["unet"], "norm_num_groups": 7}}, None, "norm_num_groups is 7"),
+    (golden_config("vocoder.upsample_initial_channel=64"), weights.random_params(golden_config(), 0),
+     r"params: .* of the wrong shape: vocoder.conv_pre.weight \(.*\) instead of"),
+    (golden_config(), {name: {} for name in weights.MODELS}, "params: .* missing"),
     ({**golden_config(), "dtype": "float16"}, weights.random_params(golden_config(), 0),
-     r"params\['text_encoder'\] holds Float32, and cfg computes in Float16; valid: of one dtype")])
+     r"params hold Float32 in text_encoder.logit_scale_a, and cfg computes in Float16; valid: of one dtype")])
 def test_what_is_no_configuration_and_no_parameters(cfg, params, message):
     with pytest.raises(InputError, match=message):
         musicldm.generate(cfg, "a", params)

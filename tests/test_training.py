@@ -423,7 +423,8 @@ def line_of(**change):
 
 @pytest.mark.parametrize("line, message", [
     ("{", "line 2: not JSON"), ("[]", "line 2: valid is an object"), (line_of(audio="left out"), "key audio"),
-    (line_of(audio="none.wav"), "line 2: cannot read none.wav"), (line_of(audio="text.wav"), "cannot read text.wav"),
+    (line_of(audio="none.wav"), "cannot read none.wav: there is no"), (line_of(caption=["a"]), "mean .captions."),
+    (line_of(audio="text.wav"), "cannot read text.wav"),
     (line_of(audio="nan.wav"), "nan.wav holds NaN or Inf"), (line_of(audio="empty.wav"), "empty.wav is empty"),
     (line_of(audio="silent.wav"), "silent.wav is silent"),
     (line_of(captions="a"), "captions is 'a'"), (line_of(captions=[1]), r"captions is \[1\]"),

@@ -8,6 +8,7 @@ tempo (BPM) and downbeats (seconds): where they are known; other keys are left a
 split: "train" if it is not stated; what is of another split is not trained on
 """
 import collections
+import difflib
 import json
 import math
 import pathlib
@@ -16,16 +17,20 @@ import numpy as np
 import soundfile
 
 import musicldm
-from weights import SPECIAL_TOKENS, InputError, byte_characters, fits, one_line
+from weights import SPECIAL_TOKENS, InputError, byte_characters, fits, one_line, unknown
 
 SILENCE = 1e-4  # a file whose largest sample is below this is silent: -80 dB
 TEMPO = (20, 400)  # BPM
+KEYS = ("audio", "captions", "tempo", "downbeats", "split")
 
 
 def problem_with(folder, record):
     """What is wrong with one object of a manifest, as a text; None if nothing is."""
     if not isinstance(record, dict) or not isinstance(record.get("audio"), str):
         return "valid is an object with the key audio, a path beside the manifest"
+    for name in record.keys() - {*KEYS}:
+        if difflib.get_close_matches(name, KEYS, 1, 0.8):
+            return str(unknown("key", name, KEYS))
     captions, tempo, downbeats = record.get("captions", []), record.get("tempo"), record.get("downbeats") or []
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         return f"captions is {captions!r:.80}; valid: a list of texts"
@@ -37,7 +42,8 @@ def problem_with(folder, record):
         info = soundfile.info(str(folder / record["audio"]))
         blocks = [np.abs(block).max() for block in soundfile.blocks(str(folder / record["audio"]), 2 ** 16)]
     except (OSError, RuntimeError, TypeError) as error:  # soundfile's are RuntimeErrors; TypeError: without a header
-        return f"cannot read {record['audio']}: {one_line(error)}"
+        there = (folder / record["audio"]).exists()
+        return f"cannot read {record['audio']}: {one_line(error) if there else 'there is no such file'}"
     if not np.isfinite(blocks).all():
         return f"{record['audio']} holds NaN or Inf"
     if not blocks or max(blocks) <= SILENCE:

@@ -25,7 +25,7 @@ import sys
 import time
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it when it is imported: its errors, without its warnings
+    os.environ.setdefault("GLOG_v", "4")  # MindSpore reads it when it is imported: no lines of its own
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent), str(pathlib.Path(__file__).resolve().parent.parent)]
 
 import numpy as np

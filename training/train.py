@@ -24,7 +24,7 @@ import time
 import types
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it when it is imported: its errors, without its warnings
+    os.environ.setdefault("GLOG_v", "4")  # MindSpore reads it when it is imported: no lines of its own
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # its notes on a compilation that failed
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what MindSpore makes of Ctrl-C while a graph runs
@@ -756,12 +756,14 @@ def main(argv=None):
     parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with manifest.jsonl")
     parser.add_argument("--out", required=True, metavar="RUN", help="a new folder, or a run to go on with")
-    parser.add_argument("--weights", default="random", metavar="DIR|HUB-ID|random", help="what the run starts from")
+    parser.add_argument("--weights", default="random", metavar="DIR|HUB-ID|demo|random",
+                        help="what the run starts from (default random)")
     parser.add_argument("--config", default=str(musicldm.DEFAULT_CONFIG), metavar="FILE",
                         help="the architecture of random weights, such as training/demo.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the stage's settings")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps in all, 1000")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random, 0")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the stage: see "
+                        "training/config.yaml")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps in all (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     try:
         args = parser.parse_args(argv)
         if args.steps < 1 or args.seed < 0:
