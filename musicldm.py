@@ -556,7 +556,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
         parts; with `extend` the same and more of it, nearer to it with a strength below 1
     latents: the initial noise, unit normal, (n, *size), where size is clip_size(cfg, seconds, loop)[1]
-    noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size)
+    noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size); others ignore it
     callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
         in the scheduler's own scale; may raise to stop the run, and may call what is here, but not wait for another
         thread that does: threads compute one at a time
@@ -1649,7 +1649,7 @@ def planned(args):
         warnings.warn(f"--negative-prompt does nothing with guidance {sampling['guidance_scale']:g}; above 1 it does")
     if sampling["output_type"] != "np":
         raise InputError(f"sampling.output_type is {sampling['output_type']!r}; the command line writes audio: np")
-    if args.interpolate and (len(args.prompt), takes, args.interpolate == 1) != (2, 1, False):
+    if args.interpolate and (args.interpolate == 1 or (len(args.prompt), takes) != (2, 1)):
         raise InputError(f"--interpolate {args.interpolate} stands beside --prompt {len(args.prompt)} times and "
                          f"--waveforms {takes}; valid: 2 or more, beside --prompt twice and --waveforms 1")
     samples, _ = clip_size(cfg, sampling["audio_length_in_s"], sampling["loop"])
