@@ -758,8 +758,8 @@ def toom_cook(outputs, taps):
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
-# Four operators with gradients that are faster on a CPU than their own. Training alone uses those, making music never
-# does. Products with ones sum and repeat there, as MindSpore's sums and broadcasts use one core.
+# Four operators whose gradients, `bprop`, are faster on a CPU than MindSpore's: training alone uses those. Products
+# with ones sum and repeat there, as MindSpore's sums and broadcasts use one core.
 
 class RowNormaliser(nn.Cell):
     """ops.LayerNorm of x (P, C), weight and bias (C,)."""

@@ -6,7 +6,7 @@ What it computes, with the published sizes, for one prompt and 10.24 s:
     -> noise (1, 8, 256, 16), denoised step by step by a scheduler around unet, under classifier-free guidance: latents
     -> vae_decode: log-mel spectrogram (1, 1024, 64)
     -> hifigan: waveform (1, 163872) at 16 kHz, of which render keeps 163840 samples
-The UNet sees one vector, which goes into its residual blocks beside the timestep; there is no sequence to attend to. It
+The UNet sees one vector, which goes into its residual blocks beside the timestep; there is no text to attend to. It
 was trained on CLAP's vectors of audio, and is led by those of texts, which lie in the same space. The paper's
 beat-synchronous mixup is part of training alone (training/mixup.py).
 
@@ -373,11 +373,11 @@ def noise_of_velocity(velocity, x, alpha):
 
 
 def keeping(predict, known, kept, alphas):
-    """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, the noise is the one by which x is `known`,
-    (n or 1, H, W, C), noised. So every scheduler leads there to `known` itself, at each step's level of noise.
+    """`predict` for repainting: where `kept`, (H, 1, 1) of 0 or 1, is 1, it returns the noise that makes x of `known`,
+    (n or 1, H, W, C), so that any scheduler stays there on `known`, noised to each step's level.
 
-    Lugmayr et al. (2022, arXiv 2201.09865, equation 8), but by the noise rather than by x itself, so with one noise
-    throughout, and without resampling.
+    Lugmayr et al. (2022, arXiv 2201.09865, equation 8) set x itself, and resample. Here only eta and euler_ancestral
+    change the noise on `known` from step to step.
     """
     def predict_kept(x, t):
         alpha = float(alphas[t])
@@ -430,7 +430,7 @@ def noise_predictor(cfg, x, embeds, params, sampling, alphas):
     embeds, scale = to_tensor(cfg, embeds), to_tensor(cfg, sampling["guidance_scale"])
     p = mindspore.mutable(prepared(cfg, params["unet"], checkpoints.in_own_memory))
     checkpoints.release(params)  # the loop needs neither the text tower nor what the UNet's were prepared from
-    unet_cfg = frozen({**cfg["unet"], "sample_size": None})  # `unet` does not read it, but another would compile anew
+    unet_cfg = frozen({**cfg["unet"], "sample_size": None})  # not read by `unet`, but another value would compile anew
 
     def predict(x, t):
         sinusoids = to_tensor(cfg, timestep_embedding([t], unet_cfg["block_out_channels"][0]))
@@ -449,7 +449,7 @@ def denoise(cfg, x, noise, embeds, params, sampling, callback=None, known=None, 
     embeds (2 n, projection_dim): what to steer away from, then what toward; or the latter alone, (n, projection_dim)
     sampling: cfg["sampling"], with a number for strength
     known (n or 1, 8, h, w): latents of the music to start from
-    kept, bool (h,): which rows come back to `known` after every step; the others are made anew, from `known` if
+    kept, bool (h,): which rows stay `known`, noised to each step's level; the others are made anew, from `known` if
         sampling["strength"] is below 1, else from x alone
     Raises NotFinite after a step that leaves NaN or Inf: at once on a CPU, where to look at latents is free; elsewhere
     the device runs ahead until the callback or the end needs them (MindSpore, runtime.launch_blocking).
@@ -883,8 +883,8 @@ def checked_init_audio(cfg, audio, sampling):
             raise InputError(f"extend is {extend:g} beside {length:g} s; valid: up to {longest} s in all")
     samples, _ = clip_size(cfg, length, sampling["loop"])
     if sampling["loop"] and samples > len(waveform):  # rounded up, a loop would hold silence
-        shortest, _ = clip_size(cfg, 0, True)
-        samples = max(shortest, samples - shortest)
+        unit, _ = clip_size(cfg, 0, True)
+        samples = max(unit, samples - unit)
         length = samples / rate
     share_of_new(samples, rate, repaint, sampling["loop"])  # refuses parts that cannot be
     waveform = np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
