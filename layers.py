@@ -659,6 +659,13 @@ def prepared_weight(weight, stride):
     return (g.asnumpy() @ array.reshape(taps).T).reshape(laid_out)
 
 
+def prepared_shapes(shape):
+    """The shapes that `prepared_weight` has of a kernel of a shape (O, I, KH, KW)."""
+    o, i, *kernel = shape
+    products = (math.prod(len(fast_filter(taps, outputs)[1]) for taps in kernel) for outputs in (2, 4))
+    return (o, math.prod(kernel) * i), *((n, o, i) for n in products)
+
+
 @constexpr
 def fast_weight_transform(shape, outputs):
     """G of both axes at once (products, K), float32, and the shapes before and after it."""

@@ -198,7 +198,7 @@ def hifigan(mel, p, cfg):
 def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
 
-    There are `steps` of them, but steps + 1 for pndm and 2 steps - 1 for heun, which evaluate some of them twice. A
+    There are `steps` of them, but 2 steps - 1 for heun and from 2 on steps + 1 for pndm: some are evaluated twice. A
     strength below 1 keeps only the last int(steps * strength) steps (diffusers' image-to-image pipelines).
     """
     count = steps + 1 if scheduler == "dpm" else steps  # dpm spaces one more and leaves out the last
@@ -920,9 +920,9 @@ def share_of_new(samples, rate, parts, loop):
 def extended(cfg, call, embeds, params):
     """Waveforms (n, samples): call.original with seconds of music after its end, or before its start if below 0.
 
-    Window by window, each of the checkpoint's own length. Its first half, or less if there is less, is the end of what
-    is there; the rest, and the last FADE seconds of what is there, are repainted, from a repetition of the first half
-    if strength is below 1.
+    Window by window, each of the checkpoint's own length. A window begins with its context: the end of the music so
+    far, half a window or all there is. All after that, and the context's last FADE seconds, are repainted: from noise,
+    or from the context repeated if strength is below 1.
     call: `checked_call`'s; embeds as in `render`
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]

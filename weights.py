@@ -1194,8 +1194,7 @@ def checked_tree(cfg, params, may_be_prepared=False):
     flat = {name: x if isinstance(x, Tensor) and x.is_floating_point()
             else f"{type(x).__name__} {getattr(x, 'dtype', '')}".strip() for name, x in flatten(params).items()}
     for name in [name for name in shapes if may_be_prepared and name.startswith("unet.") and len(shapes[name]) == 4]:
-        o, i, kh, kw = shapes[name]
-        if getattr(flat.get(name), "shape", None) in ((o, kh * kw * i), (16, o, i), (36, o, i)):
+        if getattr(flat.get(name), "shape", None) in layers.prepared_shapes(shapes[name]):
             shapes[name] = flat[name].shape
     problem = mismatch(shapes, flat, "params")
     if problem:

@@ -602,7 +602,6 @@ def test_readme_main_command(beside):
 
 IN_A_PACKAGE = """
 import sys
-import time
 from copied import musicldm, weights
 cfg = musicldm.load_config(weights=sys.argv[1])
 print(musicldm.encode_prompt(cfg, "a", weights.load_params(cfg)).tobytes().hex())

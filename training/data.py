@@ -28,8 +28,8 @@ def problem_with(folder, record):
     """What is wrong with one object of a manifest, as a text; None if nothing is."""
     if not isinstance(record, dict) or not isinstance(record.get("audio"), str):
         return "valid is an object with the key audio, a path beside the manifest"
-    for name in record.keys() - {*KEYS}:
-        if difflib.get_close_matches(name, KEYS, 1, 0.8):
+    for name in record:
+        if name not in KEYS and difflib.get_close_matches(name, KEYS, 1, 0.8):
             return str(unknown("key", name, KEYS))
     captions, tempo, downbeats = record.get("captions", []), record.get("tempo"), record.get("downbeats") or []
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
