@@ -317,8 +317,8 @@ def gelu(x):
 
 
 def leaky_relu(x, slope):
-    """x where it is positive, else slope * x. MindSpore's own is a maximum, whose gradient takes far longer."""
-    return x * slope + ops.relu(x) * (1 - slope)
+    """x where it is positive, else slope * x. MindSpore's own is a maximum, which takes longer, above all in training."""
+    return x + ops.relu(x * (slope - 1))
 
 
 def tanh(x):
@@ -732,16 +732,16 @@ def fast_filters(kernel, products):
 
 @functools.cache
 def fast_filter(kernel, outputs):
-    """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 8 outputs, always.
+    """`toom_cook`'s matrices for one axis of a convolution; a kernel of more than 4 taps has 16 outputs, always.
 
     It is split in parts of 4 taps: the correlation over parts is itself done in fewer products (Kronecker).
     """
     if kernel <= 4:
         return toom_cook(outputs if kernel > 1 else 1, kernel)
-    outer, inner = toom_cook(2, -(-kernel // 4)), toom_cook(4, 4)
+    outer, inner = toom_cook(4, -(-kernel // 4)), toom_cook(4, 4)
     a, g, b = (np.kron(x, y) for x, y in zip(outer, inner))
     part, place = np.divmod(np.arange(b.shape[1]), 7)  # toom_cook(4, 4) reads 7 inputs; a part begins 4 after the last
-    return a, g[:, :kernel], (b @ np.eye(kernel + 16)[4 * part + place])[:, :kernel + 7]
+    return a, g[:, :kernel], (b @ np.eye(kernel + 24)[4 * part + place])[:, :kernel + 15]
 
 
 POINTS = (0, 1, -1, 1 / 2, -2, -1 / 2)  # exact in float32, and their first powers differ little in size
