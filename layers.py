@@ -54,10 +54,10 @@ def resnet(x, embedding, p, groups, eps, loop):
 
     embedding (N, E): silu of the embedding of time and class; None in the VAE
     """
-    y = conv2d(ops.silu(group_norm(x, p["norm1"], groups, eps)), p["conv1"], loop)
+    y = conv2d(silu(group_norm(x, p["norm1"], groups, eps)), p["conv1"], loop)
     if "time_emb_proj" in p:
         y = y + at_positions(linear(embedding, p["time_emb_proj"]), y.shape).reshape(y.shape)  # a broadcast
-    y = conv2d(ops.silu(group_norm(y, p["norm2"], groups, eps)), p["conv2"], loop)
+    y = conv2d(silu(group_norm(y, p["norm2"], groups, eps)), p["conv2"], loop)
     return y + (conv1x1(x, p["conv_shortcut"]) if "conv_shortcut" in p else x)
 
 
@@ -202,7 +202,7 @@ def conv1d(x, p, dilation=1):
     """x (N, L, I) -> (N, L, O), zero-padded to keep its length; weight (O, I, K), K odd."""
     geometry = geometry1d(x.shape, p["weight"].shape, dilation)
     p = {"weight": ops.ExpandDims()(p["weight"], -1), "bias": p["bias"]}
-    return convolution(x, p, geometry).reshape(x.shape[0], x.shape[1], -1)
+    return convolution(x, p, geometry)
 
 
 def conv_transpose1d(x, p, stride):
@@ -314,6 +314,11 @@ def gelu(x):
     """
     y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
     return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
+
+
+def silu(x):
+    """x * sigmoid(x). The gradient of MindSpore's own computes the sigmoid once more."""
+    return x * ops.sigmoid(x) if on_cpu() else ops.silu(x)
 
 
 def leaky_relu(x, slope):
@@ -471,21 +476,21 @@ def plain_convolution(x, weight, geometry):
 
 
 def convolution(x, p, geometry):
-    """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N, H_out, W_out, O).
+    """By the way that is fast on the device: x (N, H, W, I) or (N, L, I) -> (N, H_out, W_out, O) or (N, H_out, O).
 
     p: bias (O,), and weight (O, I, KH, KW), or what `fast_weight` (three axes) or `gathered_weight` (two) made of it
         before: worth it for many calls
     """
     compute = way_to_convolve(p["weight"].shape, p["weight"].dtype, geometry)
     y = add_bias(compute(in_rows(x), p["weight"], geometry), p["bias"])
-    return ops.Reshape()(y, output_shape(geometry))
+    return ops.Reshape()(y, output_shape(x.shape, geometry))
 
 
 @constexpr
-def output_shape(geometry):
-    """(N, H_out, W_out, any O)."""
+def output_shape(shape, geometry):
+    """(N, H_out, W_out, any O) of an image of a shape, (N, H_out, any O) of a sequence."""
     n, _, out_size, *_ = geometry
-    return n, *out_size, -1
+    return n, *out_size[:len(shape) - 2], -1
 
 
 @constexpr

@@ -94,9 +94,9 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
     levels, groups, eps = len(cfg["block_out_channels"]), cfg["norm_num_groups"], cfg["norm_eps"]
     heads = checkpoints.heads_by_level(cfg)
     time = layers.linear(sinusoids, p["time_embedding"]["linear_1"])
-    time = layers.linear(ops.silu(time), p["time_embedding"]["linear_2"])
+    time = layers.linear(layers.silu(time), p["time_embedding"]["linear_2"])
     time = ops.broadcast_to(time, (x.shape[0], time.shape[1]))
-    embedding = ops.silu(ops.Concat(1)((time, layers.linear(embeds, p["class_embedding"]))))
+    embedding = layers.silu(ops.Concat(1)((time, layers.linear(embeds, p["class_embedding"]))))
 
     x = layers.conv2d(x, p["conv_in"], loop)
     skips = (x,)
@@ -125,7 +125,7 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
                 x = layers.spatial_transformer(x, block[layers.nth("attentions", i)], heads[-1 - level], groups)
         if "upsamplers.0" in block:
             x = layers.upsample(x, skips[-1].shape[1:3], block["upsamplers.0"]["conv"], loop)
-    x = ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
+    x = layers.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
     return layers.conv2d(x, p["conv_out"], loop)
 
 
@@ -158,7 +158,7 @@ def vae_decode(x, p, cfg, loop):
             x = layers.resnet(x, None, block[layers.nth("resnets", i)], groups, eps, loop)
         if "upsamplers.0" in block:
             x = layers.upsample(x, (2 * x.shape[1], 2 * x.shape[2]), block["upsamplers.0"]["conv"], loop)
-    x = ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
+    x = layers.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
     return layers.conv2d(x, p["conv_out"], loop).squeeze(3)
 
 
@@ -786,7 +786,7 @@ def vae_encode(x, p, cfg):
     x = layers.resnet(x, None, p["mid_block"]["resnets.0"], groups, eps, False)
     x = layers.image_attention(x, p["mid_block"]["attentions.0"], groups)
     x = layers.resnet(x, None, p["mid_block"]["resnets.1"], groups, eps, False)
-    x = layers.conv2d(ops.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps)), p["conv_out"], False)
+    x = layers.conv2d(layers.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps)), p["conv_out"], False)
     mean, log_variance = layers.halves(layers.conv1x1(x, quant_conv))
     return mean, ops.clamp(log_variance, -30.0, 20.0)
 
