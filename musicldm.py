@@ -554,7 +554,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
     audio_prompt: music to follow, alone or mixed into each prompt: a file, (samples, rate) as soundfile.read returns
         them, or samples in [-1, 1] at the vocoder's rate
     init_audio: music to start from, likewise: with `strength` its variation; with `repaint` the same but for those
-        parts; with `extend` the same and more of it, nearer to it with a strength below 1
+        parts; with `extend` the same and more of it, the freer the greater the strength
     latents: the initial noise, unit normal, (n, *size), where size is clip_size(cfg, seconds, loop)[1]
     noise: what eta > 0 or euler_ancestral mixes in, unit normal, one a step: (steps, n, *size); others ignore it
     callback: called as callback(i, timestep, latents) after UNet evaluations 0, callback_steps, ..., with the latents
@@ -867,7 +867,7 @@ def checked_init_audio(cfg, audio, sampling):
                  f"up to {longest} s, or audio_length_in_s for how much of it is taken")
         raise InputError(f"init_audio has {len(waveform) / rate:g} s; valid: {valid}")
     length = len(waveform) / rate if length is None else length
-    strength = sampling["strength"] or (1.0 if repaint or extend else 0.5)
+    strength = sampling["strength"] or (1.0 if repaint else 0.6 if extend else 0.5)
     if int(sampling["num_inference_steps"] * strength) == 0:
         least = math.ceil(1000 / sampling["num_inference_steps"]) / 1000
         raise InputError(f"strength {strength:g} leaves none of {sampling['num_inference_steps']} steps; valid: more "
@@ -920,9 +920,10 @@ def share_of_new(samples, rate, parts, loop):
 def extended(cfg, call, embeds, params):
     """Waveforms (n, samples): call.original with seconds of music after its end, or before its start if below 0.
 
-    Window by window, each of the checkpoint's own length. A window begins with its context: the end of the music so
-    far, half a window or all there is. All after that, and the context's last FADE seconds, are repainted: from noise,
-    or from the context repeated if strength is below 1.
+    Window by window, each of the checkpoint's own length. A window begins with its context, the end of the music so
+    far: half a window, or all there is. After that stands the original's last window, again and again. It is repainted,
+    as are the context's last FADE seconds. With a strength below 1 it becomes a variation, so that no window strays far
+    in key and tempo; with 1 the encoder alone hears it, as after silence the UNet would go on with silence.
     call: `checked_call`'s; embeds as in `render`
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
@@ -933,12 +934,13 @@ def extended(cfg, call, embeds, params):
     def turned(waveforms):  # before the start all is the same, backwards
         return waveforms if seconds > 0 else waveforms[:, ::-1]
 
-    audio = turned(np.repeat(call.original[None], len(call.seeds), axis=0))
+    original = audio = turned(np.repeat(call.original[None], len(call.seeds), axis=0))
     wanted = audio.shape[1] + round(abs(seconds) * rate)
     for i in range(window_count(cfg, audio.shape[1], seconds)):
         context = min(audio.shape[1], window // 2)
-        # its repetition, not silence: the VAE's encoder hears both sides, and the UNet would go on with silence
-        known = turned(np.pad(audio[:, -context:], ((0, 0), (0, window - context)), mode="wrap"))
+        added = audio.shape[1] - original.shape[1]
+        repeated = original[:, -window:].take(range(added, added + window - context), axis=1, mode="wrap")
+        known = turned(np.concatenate((audio[:, -context:], repeated), axis=1))
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
         counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))
@@ -1494,8 +1496,8 @@ SHORTCUTS = {
     "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, from the most like it (by CLAP's "
                                                               "score, up to 1) to the least"),
     "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
-    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5, or 1 "
-                                         "with --repaint or --extend)"),
+    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5, with "
+                                         "--extend 0.6, with --repaint 1)"),
     "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
     "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
     "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),

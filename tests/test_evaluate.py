@@ -143,11 +143,11 @@ def test_music_in(tracks, params, monkeypatch):
     found = evaluate.music_in(cfg, params, given, prompts, say=lambda text: None)
     assert [*found] == ["others alike", "round trip", "without the clip", "strength 0.2", "strength 0.5",
                         "strength 0.8", "repainted", "extended", "extended, led by the clip",
-                        "extended, strength 0.8"]
-    alike, back, without, little, half, most, repainted, extended, led, near = (row["distance to the clip"]
-                                                                          for row in found.values())
+                        "extended, strength 1"]
+    alike, back, without, little, half, most, repainted, extended, led, new = (row["distance to the clip"]
+                                                                         for row in found.values())
     assert 0 < alike < back < little < half < most < without  # random weights play no music
-    assert extended < repainted < most and max(led, near) < repainted
+    assert extended < repainted < most and max(led, new) < repainted
     assert found["extended"] != found["extended, led by the clip"]
     assert math.isnan(found["strength 0.5"]["roughness of joins"]) and found["extended"]["roughness of joins"] > 0
 

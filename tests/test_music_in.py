@@ -92,7 +92,8 @@ def test_a_loop_of_music_holds_no_silence(params):
 @pytest.mark.parametrize("seconds", [0.5, -0.5])
 def test_extension_keeps_the_music_and_goes_on_from_it(seconds, params):
     cfg, calls = golden_config("unet.sample_size=8"), []
-    audio = musicldm.generate(cfg, ["a", "b"], params, **SHORT, extend=seconds, output_type="np",
+    options = {**SHORT, "num_inference_steps": 4, "extend": seconds}  # of which strength 0.6 leaves 2
+    audio = musicldm.generate(cfg, ["a", "b"], params, **options, output_type="np",
                               callback=lambda i, *_: calls.append(i))
     assert audio.shape == (2, 5120 + 8000) and calls == list(range(8))  # four windows of 0.32 s, half of them known
     assert not np.array_equal(audio[0], audio[1])
@@ -101,26 +102,36 @@ def test_extension_keeps_the_music_and_goes_on_from_it(seconds, params):
         kept, new = waveform[::ahead][:5120], waveform[::ahead][5120:]
         assert same(kept, MUSIC[::ahead]) == [(0, 5120 - FADE)]
         assert new.std() > 0.01 and not np.array_equal(new[:2560], new[2560:5120])
-    alone = musicldm.generate(cfg, "a", params, **SHORT, extend=seconds)
+    alone = musicldm.generate(cfg, "a", params, **options)
     assert relative_error(alone, audio[:1]) < 2e-4
 
 
-@pytest.mark.parametrize("seconds", [0.16, -0.16])
+@pytest.mark.parametrize("seconds", [0.48, -0.48])
 def test_extension_with_little_strength_is_a_repetition(seconds, params):
-    """Of the half window that is known, as the VAE and the vocoder give it back."""
-    cfg, options = golden_config("unet.sample_size=8"), {"num_inference_steps": 200, "init_audio": MUSIC}
-    known = np.tile(MUSIC[2560:] if seconds > 0 else MUSIC[:2560], 2)
-    back = musicldm.vocode(cfg, musicldm.decode_latents(cfg, musicldm.encode_latents(cfg, known, params), params),
-                           params)[0, :5120]
-    errors = []
-    for strength in (0.005, 1.0):
-        calls = []
-        audio, = musicldm.generate(cfg, "a", params, **options, extend=seconds, strength=strength,
-                                   callback=lambda i, *_: calls.append(i))
-        new, wanted = (audio[5120:], back[2560:]) if seconds > 0 else (audio[:2560], back[:2560])
-        errors.append(np.abs(new - wanted)[FADE:-FADE].max() / np.abs(wanted).max())
-        assert calls == list(range(round(200 * strength)))
-    assert errors[0] < 0.2 < errors[1]
+    """Of the music, as the VAE and the vocoder give it back: here three half windows, each after the half before."""
+    cfg, ahead, errors = golden_config("unet.sample_size=8"), 1 if seconds > 0 else -1, []
+    for steps, strength in ((200, 0.005), (2, 1.0)):
+        heard = MUSIC[::ahead]
+        for i in range(3):
+            repeated = np.tile(MUSIC[::ahead], 2)[2560 * i:2560 * (i + 1)]
+            known = np.concatenate((heard[-2560:], repeated))[::ahead]
+            latents = musicldm.encode_latents(cfg, known, params)
+            back = musicldm.vocode(cfg, musicldm.decode_latents(cfg, latents, params), params)[0, :5120][::ahead]
+            audio, = musicldm.generate(cfg, "a", params, num_inference_steps=steps, init_audio=MUSIC, strength=strength,
+                                       extend=seconds * (i + 1) / 3)
+            heard = audio[::ahead]
+            new, wanted = (x[FADE:-FADE] for x in (heard[-2560:], back[2560:]))
+            errors.append((new - wanted).std() / wanted.std())
+    assert max(errors[:3]) < 0.3 and min(errors[3:]) > 0.6
+
+
+def test_a_long_piece_goes_on_from_its_end(params):
+    """What stands after it is the repetition of its last window, not of its begin."""
+    cfg, options = golden_config("unet.sample_size=8"), {"num_inference_steps": 200, "strength": 0.005, "extend": 0.16}
+    other = waveform(0.7, 16000)[:5120]
+    short, long = (musicldm.generate(cfg, "a", params, **options, init_audio=audio)[0]
+                   for audio in (MUSIC, np.concatenate((other, MUSIC))))
+    assert np.array_equal(short[-2560:], long[-2560:])
 
 
 def test_lengths(params):

@@ -310,7 +310,7 @@ def music_in(cfg, params, tracks, prompts, say=print):
             **{f"strength {strength}": {"strength": strength} for strength in (0.2, 0.5, 0.8)},
             "repainted": {"repaint": [[begin, end]]}, "extended": {"extend": 2 * SECONDS},
             "extended, led by the clip": {"extend": 2 * SECONDS},
-            "extended, strength 0.8": {"extend": 2 * SECONDS, "strength": 0.8}}
+            "extended, strength 1": {"extend": 2 * SECONDS, "strength": 1.0}}
     result = {}
     for row, options in rows.items():
         found = []
