@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import json
 import math
 import os
@@ -131,6 +132,7 @@ def musicldm_stages(args, dtype):
 
     import musicldm
     import weights
+    gc.freeze()  # as the command line does
     compiling, compile_graph = [], api._JitExecutor.compile  # there is no public way to time it
 
     def timed_compile(*given, **named):
