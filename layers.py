@@ -8,11 +8,11 @@ A layer returns its input's dtype. Parameters `p` are the sub-dict of the checkp
 arguments in one order: data and its sizes, conditioning, parameters, numbers.
 
 If you come from PyTorch: MindSpore compiles what is under @mindspore.jit, and all that it calls, for each new set of
-shapes. It runs Python's own tuples, branches and loops in doing so. A @constexpr function is called by plain Python
-then, and what it returns is a constant of the graph; so is every argument but Tensors and what is wrapped in
-mindspore.mutable, as parameters are. ops.X()(...) makes an operator and applies it; ops.x(...) does the same after
-checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there. normalise_rows, bias_rows,
-softmax_rows and read_rows are operators too, with gradients of our own: the last section has them.
+shapes. While it compiles it runs Python's branches and loops, and unrolls them. Tensors are the graph's inputs, and so
+are parameters, which mindspore.mutable wraps; every other argument is a constant of the graph. So is what a @constexpr
+function returns, which plain Python runs during compilation. ops.X()(...) makes an operator and applies it; ops.x(...)
+does the same after checks that take longer to compile. ops.Depend()(x, y) is x, but not before y is there.
+normalise_rows, bias_rows, softmax_rows and read_rows are operators with gradients of our own: see the last section.
 """
 import functools
 import math
@@ -50,10 +50,7 @@ def int_tensor(array):
 # ----------------------------------------------------------------------------------------------- blocks of UNet and VAE
 
 def resnet(x, embedding, p, groups, eps, loop):
-    """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O).
-
-    embedding (N, E): silu of the embedding of time and class; None in the VAE
-    """
+    """diffusers' ResnetBlock2D: x (N, H, W, I) -> (N, H, W, O). embedding (N, E) is after its silu; None in the VAE."""
     y = conv2d(silu(group_norm(x, p["norm1"], groups, eps)), p["conv1"], loop)
     if "time_emb_proj" in p:
         y = y + at_positions(linear(embedding, p["time_emb_proj"]), y.shape).reshape(y.shape)  # a broadcast
@@ -69,10 +66,7 @@ def spatial_transformer(x, p, heads, groups):
 
 
 def transformer_block(x, p, heads):
-    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N, L, C).
-
-    There is no text sequence, so attn2 attends to x as attn1 does.
-    """
+    """diffusers' BasicTransformerBlock (norms' eps 1e-5): x (N, L, C). There is no text: attn2 attends to x too."""
     x = x + attention(layer_norm(x, p["norm1"], 1e-5), p["attn1"], heads)
     x = x + attention(layer_norm(x, p["norm2"], 1e-5), p["attn2"], heads)
     y, gate = halves(linear(layer_norm(x, p["norm3"], 1e-5), p["ff"]["net.0.proj"]))
@@ -91,33 +85,14 @@ def attention(x, p, heads):
     return linear(y, p["to_out.0"])
 
 
-def conv2d(x, p, loop):
-    """3x3 convolution with padding 1: x (N, H, W, I) -> (N, H, W, O).
+def conv2d(x, p, loop, stride=1, upsample_to=None, padding=1):
+    """3x3 convolution: x (N, H, W, I) -> (N, H_out, W_out, O), of the size of x over the stride, rounded up.
 
-    With `loop` the padding in time is the other end of the image.
+    With `loop` the padding in time is the other end of the image, and the stride must divide H.
+    upsample_to: (H_out, W_out) to which the image is cut, doubled first (nearest neighbour; diffusers' Upsample2D)
+    padding: 0 pads below and to the right alone, H and W even, as a VAE's encoder does (diffusers' Downsample2D)
     """
-    return convolution(x, p, geometry2d(x.shape, 1, None, loop))
-
-
-def downsample(x, p, loop):
-    """`conv2d` with stride 2, which must divide H if it is a loop: (N, ceil(H / 2), ceil(W / 2), O)."""
-    return convolution(x, p, geometry2d(x.shape, 2, None, loop))
-
-
-def encoder_downsample(x, p):
-    """The same in a VAE's encoder, which pads below and to the right alone (diffusers' Downsample2D, padding 0).
-
-    x (N, H, W, I), H and W even -> (N, H / 2, W / 2, O)
-    """
-    return convolution(x, p, geometry2d(x.shape, 2, None, False, 0))
-
-
-def upsample(x, size, p, loop):
-    """`conv2d` of the image doubled (nearest neighbour) and cut to size (H_out, W_out): (N, H_out, W_out, O).
-
-    diffusers' Upsample2D with its `output_size`.
-    """
-    return convolution(x, p, geometry2d(x.shape, 1, size, loop))
+    return convolution(x, p, geometry2d(x.shape, stride, upsample_to, loop, padding))
 
 
 # ---------------------------------------------------------------------------------------------- blocks of CLAP's towers
@@ -206,23 +181,19 @@ def conv1d(x, p, dilation=1):
 
 
 def conv_transpose1d(x, p, stride):
-    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, transposed_length, O).
+    """torch's ConvTranspose1d with HiFi-GAN's padding: x (N, L, I), weight (I, O, K) -> (N, stride * L, O).
 
-    As a plain convolution with one set of output channels for each of the `stride` phases, so that no device needs a
-    transposed one.
+    It is one sample longer if K - stride is odd. As a plain convolution with one set of output channels for each of
+    the `stride` phases, so that no device needs a transposed one.
     """
-    channels, kernel = p["weight"].shape[1:]
-    geometry = geometry_transposed1d(x.shape, kernel, stride)
-    bias = ops.broadcast_to(p["bias"].reshape(1, -1), (stride, channels)).reshape(-1)
-    phases = {"weight": polyphase_weight(p["weight"], stride), "bias": bias}
-    y = convolution(x, phases, geometry).reshape(x.shape[0], -1, channels)
-    length = transposed_length(x.shape[1], kernel, stride)
-    return y if y.shape[1] == length else y[:, :length]  # a slice that is all of it takes MindSpore long
-
-
-def transposed_length(length, kernel, stride):
-    """The length of `conv_transpose1d`'s output: torch's formula with padding (kernel - stride) // 2."""
-    return (length - 1) * stride - 2 * ((kernel - stride) // 2) + kernel
+    i, o, kernel = p["weight"].shape
+    geometry, sort = polyphase_layout(x.shape, kernel, stride)
+    taps = ops.MatMul()(p["weight"].reshape(-1, kernel), ops.Cast()(sort, p["weight"].dtype))
+    weight = taps.reshape(i, o, stride, -1).transpose(2, 1, 0, 3).reshape(stride * o, i, -1, 1)
+    bias = ops.broadcast_to(p["bias"].reshape(1, -1), (stride, o)).reshape(-1)
+    y = convolution(x, {"weight": weight, "bias": bias}, geometry).reshape(x.shape[0], -1, o)
+    # a slice that is all of it takes MindSpore long
+    return y[:, :x.shape[1] * stride + 1] if (kernel - stride) % 2 else y
 
 
 def polyphase(kernel, stride):
@@ -238,20 +209,15 @@ def polyphase(kernel, stride):
 
 
 @constexpr
-def polyphase_layout(shape, stride):
-    """What sorts the taps of a transposed convolution's weight by phase, (K, phases * taps), and the shapes after."""
-    i, o, kernel = shape
+def polyphase_layout(shape, kernel, stride):
+    """The geometry of the plain convolution, of whose outputs each holds `stride` samples, and float32 (K, phases *
+    taps), which sorts the taps of a transposed convolution's weight by phase."""
+    n, l, _ = shape
     first, taps = polyphase(kernel, stride)
     k = np.arange(stride)[:, None] + (kernel - stride) // 2 + stride * (first - np.arange(taps))
     sort = np.arange(kernel)[:, None] == k.reshape(-1)
-    return Tensor(sort.astype(np.float32)), (-1, kernel), (i, o, stride, taps), (stride * o, i, taps, 1)
-
-
-def polyphase_weight(weight, stride):
-    """A transposed convolution's weight (I, O, K) -> the plain one's (stride * O, I, taps, 1)."""
-    layout = polyphase_layout(weight.shape, stride)
-    taps = ops.MatMul()(weight.reshape(layout[1]), ops.Cast()(layout[0], weight.dtype)).reshape(layout[2])
-    return ops.Transpose()(taps, (2, 1, 0, 3)).reshape(layout[3])
+    out_size = l + (kernel - stride) % 2, 1
+    return (n, (l, 1), out_size, (taps, 1), (1, 1), (1, 1), (first, 0), 1, False), Tensor(sort.astype(np.float32))
 
 
 # ----------------------------------------------------------------------------------------- products, norms, activations
@@ -285,17 +251,13 @@ def conv1x1(x, p):
     return linear(x, {"weight": ops.Flatten()(p["weight"]), "bias": p["bias"]})
 
 
-@constexpr
-def few_rows(shape):
-    """Where `bert_linear` is faster the other way round, as measured on a CPU: about a prompt's tokens."""
-    return 8 <= math.prod(shape[:-1]) < 64
-
-
 def bert_linear(x, p):
-    """`linear`, for few rows as (W x^T)^T: on a CPU oneDNN packs a product's second matrix anew each time."""
-    if not few_rows(x.shape):
+    """`linear`, for few rows, such as a prompt's tokens, as (W x^T)^T, which is faster on a CPU: oneDNN packs a
+    product's second matrix anew each time."""
+    rows = in_rows(x)
+    if rows.shape[0] >= 64:
         return linear(x, p)
-    y = ops.MatMul(transpose_b=True)(p["weight"], in_rows(x))
+    y = ops.MatMul(transpose_b=True)(p["weight"], rows)
     return ops.Reshape()(ops.BiasAdd()(ops.Transpose()(y, (1, 0)), p["bias"]), positions(x.shape))
 
 
@@ -308,11 +270,8 @@ def layer_norm(x, p, eps):
 
 
 def gelu(x):
-    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation.
-
-    Erf takes no bfloat16 on an Atlas A2 (CANN's aclnnErf), so that goes through float32.
-    """
-    y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x
+    """The exact GELU, x * Phi(x): CLAP and the UNet were trained with it, not with the tanh approximation."""
+    y = ops.Cast()(x, float32) if x.dtype == bfloat16 else x  # CANN's aclnnErf takes no bfloat16 on an Atlas A2
     return x * ops.Cast()(ops.erf(y * 0.5 ** 0.5) * 0.5 + 0.5, x.dtype)
 
 
@@ -322,7 +281,7 @@ def silu(x):
 
 
 def leaky_relu(x, slope):
-    """x where it is positive, else slope * x. MindSpore's own is a maximum, which takes longer, above all in training."""
+    """x where it is positive, else slope * x. MindSpore's own is a maximum, whose gradient takes far longer."""
     return x + ops.relu(x * (slope - 1))
 
 
@@ -332,10 +291,7 @@ def tanh(x):
 
 
 def halves(x):
-    """x (..., 2 C) -> (..., C) twice.
-
-    CANN names bfloat16 for slices, but not for Split (ops-math, conversion/split).
-    """
+    """x (..., 2 C) -> (..., C) twice. CANN names bfloat16 for slices, not for Split (ops-math, conversion/split)."""
     c = x.shape[-1] // 2
     return (x[..., :c], x[..., c:]) if x.dtype == bfloat16 else ops.Split(-1, 2)(x)
 
@@ -413,8 +369,7 @@ def multi_head_attention(q, k, v, bias, heads):
 def attend(q, k, v, bias):
     """Scaled queries q (N, heads, M, D), k and v (N, heads, L, D) -> (N, heads, M, D)."""
     scores = ops.Cast()(ops.BatchMatMul(transpose_b=True)(q, k), float32)
-    if bias is not None:
-        scores = scores + bias
+    scores = scores if bias is None else scores + bias
     shares = softmax_rows(scores) if on_cpu() else ops.Softmax(-1)(scores)
     return ops.BatchMatMul()(ops.Cast()(shares, v.dtype), v)
 
@@ -500,8 +455,8 @@ def way_to_convolve(shape, dtype, geometry):
         return native_convolution
     if len(shape) < 4:
         return fast_convolution if len(shape) == 3 else gathered_convolution
-    _, _, _, _, stride, *_ = geometry
-    return fast_from_checkpoint if is_fast(dtype, stride) else gathered_from_checkpoint
+    _, _, _, kernel, stride, *_ = geometry
+    return fast_from_checkpoint if max(kernel) <= 16 and is_fast(dtype, stride) else gathered_from_checkpoint
 
 
 def is_fast(dtype, stride):
@@ -530,15 +485,6 @@ def geometry1d(shape, weight_shape, dilation):
     return n, (l, 1), (l, 1), (kernel, 1), (1, 1), (dilation, 1), (dilation * (kernel - 1) // 2, 0), 1, False
 
 
-@constexpr
-def geometry_transposed1d(shape, kernel, stride):
-    """For `conv_transpose1d`: an output position holds `stride` samples."""
-    n, l, _ = shape
-    first, taps = polyphase(kernel, stride)
-    length = -(-transposed_length(l, kernel, stride) // stride)
-    return n, (l, 1), (length, 1), (taps, 1), (1, 1), (1, 1), (first, 0), 1, False
-
-
 def native_convolution(x, weight, geometry):
     """By the device's own operator: x (N * H * W, I), weight (O, I, KH, KW) -> (N * H_out * W_out, O).
 
@@ -546,7 +492,7 @@ def native_convolution(x, weight, geometry):
     to 2 ** 32 - 1 (its TBE source, FMAP_H_MAX and FMAP_W_MAX); the vocoder has 163,872 samples at once.
     """
     n, *pairs, scale, loop = geometry
-    if weight.shape[3] == 1:
+    if pairs[0][1] == 1 and weight.shape[3] == 1:
         pairs, weight = [pair[::-1] for pair in pairs], weight.reshape(*weight.shape[:2], 1, -1)
     (h, w), out_size, kernel, stride, dilation, padding = pairs
     o, i = weight.shape[:2]
@@ -575,7 +521,7 @@ def gathered_weight(weight):
 def gathered_convolution(x, weight, geometry):
     """A convolution as a gather and a matrix product: what is fast where the native kernel is slow (CPU).
 
-    x (N * H * W, I), weight (O, K * I) -> (N * H_out * W_out, O)
+    x (N * H * W, I), weight (O, K * I) from `gathered_weight` -> (N * H_out * W_out, O)
     """
     def block(x, rows):
         return ops.MatMul(transpose_b=True)(ops.Flatten()(read_rows(x, rows)), weight)
@@ -587,33 +533,29 @@ def gathered_from_checkpoint(x, weight, geometry):
     return gathered_convolution(x, gathered_weight(weight), geometry)
 
 
+def padded_image(geometry, size):
+    """The image that a convolution reads, (N, height, width), of at least `size`: at each place, padding before it
+    included, the row of the flattened input, or -1 for a zero outside."""
+    n, in_size, out_size, *_, padding, scale, loop = geometry
+    rows = 1 + np.arange(n * math.prod(in_size)).reshape(n, *in_size).repeat(scale, axis=1).repeat(scale, axis=2)
+    rows = rows[:, :out_size[0], :out_size[1]] if scale > 1 else rows
+    above, left = ((before, max(0, size[i] - before - rows.shape[1 + i])) for i, before in enumerate(padding))
+    rows = np.pad(rows, ((0, 0), above, (0, 0)), mode="wrap" if loop else "constant")
+    return np.pad(rows, ((0, 0), (0, 0), left)) - 1
+
+
 @constexpr
 def tap_rows(geometry, channels):
-    """For each block of output positions, int32 (positions, K): the row of the flattened input under each tap.
-
-    Row -1 stands for the zeros outside the image.
-    """
-    n, size, out_size, kernel, stride, dilation, padding, *_ = geometry
-    positions = n * math.prod(out_size)
-    step, result = -(-positions // blocks(positions * math.prod(kernel) * channels)), ()
-    for begin in range(0, positions, step):
-        image, *place = np.unravel_index(np.arange(begin, min(begin + step, positions)), (n, *out_size))
-        (y, y_inside), (x, x_inside) = (
-            read_along(axis, place[axis][:, None] * stride[axis] - padding[axis]
-                       + np.arange(kernel[axis]) * dilation[axis], geometry) for axis in (0, 1))
-        rows = (image[:, None, None] * size[0] + y[:, :, None]) * size[1] + x[:, None]
-        rows = np.where(y_inside[:, :, None] & x_inside[:, None], rows, -1)
-        result += int_tensor(rows.reshape(len(rows), -1)),
-    return result
-
-
-def read_along(axis, place, geometry):
-    """Places along an axis of what is convolved -> where in the input they are, and whether they are inside."""
-    _, size, out_size, *_, scale, loop = geometry
-    limit = (size if scale == 1 else out_size)[axis]
-    if loop and axis == 0:
-        place = place % limit
-    return place // scale, (place >= 0) & (place < limit)
+    """For each block of output positions, int32 (positions, K): the row of the flattened input under each tap, -1 where
+    there is none."""
+    _, _, out_size, kernel, stride, dilation, *_ = geometry
+    span = [(kernel[i] - 1) * dilation[i] + 1 for i in (0, 1)]
+    image = padded_image(geometry, [(out_size[i] - 1) * stride[i] + span[i] for i in (0, 1)])
+    taps = np.lib.stride_tricks.sliding_window_view(image, span, (1, 2))
+    taps = taps[:, ::stride[0], ::stride[1], ::dilation[0], ::dilation[1]]
+    rows = taps[:, :out_size[0], :out_size[1]].reshape(-1, math.prod(kernel))
+    step = -(-len(rows) // blocks(rows.size * channels))
+    return tuple(int_tensor(rows[begin:begin + step]) for begin in range(0, len(rows), step))
 
 
 def in_blocks(function, x, rows):
@@ -698,32 +640,27 @@ def tile_rows(geometry, weight_shape):
     position of the flattened output, in order, its row among (outputs * tiles). The places of a tile are `dilation`
     apart; the tiles of a dilated convolution interleave.
     """
-    n, size, out_size, kernel, _, dilation, padding, *_ = geometry
-    transforms = fast_filters(kernel, weight_shape[0])
+    n, _, out_size, kernel, _, dilation, *_ = geometry
+    along = []
+    for (a, b), size, step in zip(fast_filters(kernel, weight_shape[0]), out_size, dilation):
+        tile = np.arange(-(-size // (step * len(a))) * step)
+        origin = tile // step * step * len(a) + tile % step
+        along.append([origin + step * np.arange(places)[:, None] for places in (b.shape[1], len(a))])
+    (y, y_out), (x, x_out) = along
 
-    def along(axis, tile):
-        a, b = transforms[axis]
-        outputs, inputs, step = len(a), b.shape[1], dilation[axis]
-        origin = tile // step * step * outputs + tile % step
-        read = origin + step * np.arange(inputs)[:, None] - padding[axis]
-        return *read_along(axis, read, geometry), origin + step * np.arange(outputs)[:, None]
+    def in_tiles(geometry, y, x):  # the row at each place of each tile: (places, N * tiles along H, tiles along W)
+        image = padded_image(geometry, (y.max() + 1, x.max() + 1))
+        return image[:, y][..., x].transpose(1, 3, 0, 2, 4).reshape(len(y) * len(x), -1, x.shape[1])
 
-    rows, columns = (-(-out_size[axis] // (dilation[axis] * len(transforms[axis][0]))) * dilation[axis]
-                     for axis in (0, 1))
-    x, x_inside, x_out = along(1, np.arange(columns))
-    groups = n * rows // dilation[0]
-    step = -(-groups // blocks(n * rows * columns * weight_shape[0] * max(weight_shape[1:])))
+    read = in_tiles(geometry, y, x)
+    written = in_tiles((n, out_size, out_size, (0, 0), 1, False), y_out, x_out)  # the output, without padding
+    groups = read.shape[1] // dilation[0]
+    step = -(-groups // blocks(read[0].size * weight_shape[0] * max(weight_shape[1:]))) * dilation[0]
     result = ()
-    for begin in range(0, groups, step):
-        image, tile = np.divmod(np.arange(begin * dilation[0], min(begin + step, groups) * dilation[0]), rows)
-        y, y_inside, y_out = along(0, tile)
-        read = np.where(y_inside[:, None, :, None] & x_inside[:, None],
-                        ((image * size[0] + y) * size[1])[:, None, :, None] + x[:, None], -1)
-        written = ((image * out_size[0] + y_out) * out_size[1])[:, None, :, None] + x_out[:, None]
-        inside = np.flatnonzero((y_out < out_size[0])[:, None, :, None] & (x_out < out_size[1])[:, None])
-        order = np.empty_like(inside)
-        order[written.reshape(-1)[inside] - written.min()] = inside
-        result += (int_tensor(read.reshape(math.prod(read.shape[:2]), -1)), int_tensor(order)),
+    for begin in range(0, read.shape[1], step):
+        places = written[:, begin:begin + step].reshape(-1)
+        order = np.argsort(places)[(places < 0).sum():]
+        result += (int_tensor(read[:, begin:begin + step].reshape(len(read), -1)), int_tensor(order)),
     return result
 
 
@@ -792,9 +729,6 @@ class RowNormaliser(nn.Cell):
         return by_x, by_weight, by_bias, 0.0
 
 
-normalise_rows = RowNormaliser()
-
-
 @constexpr
 def ones_for(shape):
     """Float32 (C, 1) of 1 / C, and ones, (1, C) and (1, P), for rows (P, C)."""
@@ -812,9 +746,6 @@ class RowBias(nn.Cell):
         return gradient, ops.MatMul()(ones_for(x.shape)[2], gradient).reshape(-1)
 
 
-bias_rows = RowBias()
-
-
 class RowSoftmax(nn.Cell):
     """ops.Softmax over the last axis of x (..., L)."""
 
@@ -826,9 +757,6 @@ class RowSoftmax(nn.Cell):
         y, weighted = in_rows(y), in_rows(y * gradient)
         total = ops.MatMul()(ops.MatMul(transpose_b=True)(weighted, along_row), along_row)
         return (ops.Reshape()(weighted - y * total, x.shape),)
-
-
-softmax_rows = RowSoftmax()
 
 
 class RowReader(nn.Cell):
@@ -846,13 +774,9 @@ class RowReader(nn.Cell):
         places = readers(rows, x.shape[0])
         if len(places) > 16:
             return ops.UnsortedSegmentSum()(gradient, rows, x.shape[0]), ops.zeros_like(rows)
-        gradient, parts = in_rows(gradient), ()
-        for i in range(len(places)):
-            parts = parts + (ops.EmbeddingLookup()(gradient, places[i], 0),)
+        gradient = in_rows(gradient)
+        parts = [ops.EmbeddingLookup()(gradient, place, 0) for place in places]
         return parts[0] if len(parts) == 1 else ops.AddN()(parts), ops.zeros_like(rows)
-
-
-read_rows = RowReader()
 
 
 @constexpr
@@ -866,3 +790,6 @@ def readers(rows, count):
     places = np.full((nth_reader.max() + 1, count), -1)
     places[nth_reader, read] = order
     return tuple(int_tensor(place) for place in places)
+
+
+normalise_rows, bias_rows, softmax_rows, read_rows = RowNormaliser(), RowBias(), RowSoftmax(), RowReader()

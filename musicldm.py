@@ -87,9 +87,9 @@ def clap_text(ids, positions, mask, text_model, text_projection, cfg):
 def unet(x, sinusoids, embeds, p, cfg, loop):
     """diffusers' UNet2DConditionModel as MusicLDM uses it: the noise or velocity in latents x, given CLAP vectors.
 
-    x (N, H, W, 8), sinusoids (1 or N, block_out_channels[0]) of the timestep, embeds (N, projection_dim), diffusers'
-    class_labels -> (N, H, W, 8)
-    With `loop` the latents repeat themselves along H, which 2 ** (levels - 1) must divide.
+    x (N, H, W, 8), sinusoids (1 or N, block_out_channels[0]) of the timestep -> (N, H, W, 8)
+    embeds (N, projection_dim): the CLAP vectors, diffusers' class_labels
+    With `loop` convolutions pad H circularly, so that the clip has no seam; 2 ** (levels - 1) must divide H.
     """
     levels, groups, eps = len(cfg["block_out_channels"]), cfg["norm_num_groups"], cfg["norm_eps"]
     heads = checkpoints.heads_by_level(cfg)
@@ -108,7 +108,7 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
                 x = layers.spatial_transformer(x, block[layers.nth("attentions", i)], heads[level], groups)
             skips = skips + (x,)
         if "downsamplers.0" in block:
-            x = layers.downsample(x, block["downsamplers.0"]["conv"], loop)
+            x = layers.conv2d(x, block["downsamplers.0"]["conv"], loop, stride=2)
             skips = skips + (x,)
 
     block = p["mid_block"]
@@ -124,7 +124,7 @@ def unet(x, sinusoids, embeds, p, cfg, loop):
             if "attentions.0" in block:
                 x = layers.spatial_transformer(x, block[layers.nth("attentions", i)], heads[-1 - level], groups)
         if "upsamplers.0" in block:
-            x = layers.upsample(x, skips[-1].shape[1:3], block["upsamplers.0"]["conv"], loop)
+            x = layers.conv2d(x, block["upsamplers.0"]["conv"], loop, upsample_to=skips[-1].shape[1:3])
     x = layers.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
     return layers.conv2d(x, p["conv_out"], loop)
 
@@ -157,7 +157,7 @@ def vae_decode(x, p, cfg, loop):
         for i in range(cfg["layers_per_block"] + 1):
             x = layers.resnet(x, None, block[layers.nth("resnets", i)], groups, eps, loop)
         if "upsamplers.0" in block:
-            x = layers.upsample(x, (2 * x.shape[1], 2 * x.shape[2]), block["upsamplers.0"]["conv"], loop)
+            x = layers.conv2d(x, block["upsamplers.0"]["conv"], loop, upsample_to=(2 * x.shape[1], 2 * x.shape[2]))
     x = layers.silu(layers.group_norm(x, p["conv_norm_out"], groups, eps))
     return layers.conv2d(x, p["conv_out"], loop).squeeze(3)
 
@@ -186,14 +186,15 @@ def hifigan(mel, p, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
-# Each yields what diffusers' `step` returns (but see pndm), after every UNet evaluation. Their inputs, of which each
-# takes what it needs:
-#   predict(x, t) returns the noise in x at timestep t, x being `add_noise` of a signal at alphas[t]
+# Each takes x from noise to music, and yields it after every UNet evaluation, as diffusers' `step` returns it (but see
+# pndm). Their inputs, of which each takes what it needs:
+#   alphas[t] is alpha-bar of Ho et al. (2020) at timestep t, the signal's share of the power: see alphas_cumprod
+#   timesteps are scheduler_timesteps', from noise to music
 #   x is where to start: unit normal noise, or music noised to the first timestep; of any array type, not changed
-#   timesteps are scheduler_timesteps'; alphas[t] is alpha-bar of Ho et al. (2020) at timestep t: see alphas_cumprod
+#   predict(x, t) returns the noise in x at timestep t, by the UNet; x is `add_noise` of a signal at alphas[t]
 #   steps is num_inference_steps, which sets how far timesteps are apart, also where a strength skips the first of them
 #   final_alpha is alpha-bar after the last step; noise is an iterator of unit normal arrays like x
-# ddim, pndm and dpm yield such an x too; lms, heun and the Eulers yield signal + sigma * noise, as diffusers does.
+# What ddim, pndm and dpm yield is at such a level too; lms, heun and the Eulers yield signal + sigma * noise.
 
 def scheduler_timesteps(scheduler, steps, schedule, strength=1.0):
     """The timestep of each UNet evaluation, integers from high to low in diffusers' "leading" spacing.
@@ -491,8 +492,8 @@ def vocode(cfg, mel, params, loop=False, window=1024):
     """Log-mel spectrograms np.float32 (n, frames, bands) -> waveforms np.float32 (n, samples), one at a time.
 
     At the published rates a waveform has 160 samples a frame and, unless it is a `loop`, 32 more. A spectrogram longer
-    than `window` frames goes by such windows, with the same result: a sample depends on `reach` frames on either side,
-    so that many are dropped at each end of a window where others follow or went before.
+    than `window` frames is vocoded window by window, so that memory does not grow, with the same result: a sample
+    depends on `reach` frames on either side, so windows overlap by twice that, and their ends are dropped.
     """
     p, vocoder = mindspore.mutable(params["vocoder"]), frozen(cfg["vocoder"])
     hop, reach = math.prod(cfg["vocoder"]["upsample_rates"]), hifigan_reach(cfg["vocoder"])
@@ -527,6 +528,7 @@ def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None
     if original is not None:
         share = share_of_new(samples, cfg["vocoder"]["sampling_rate"], sampling["repaint"], sampling["loop"])
         known = encode_latents(cfg, np.atleast_2d(original), params, cfg["vocoder"]["sampling_rate"])
+        # the last row of latents may reach past the clip's end
         share_by_row = np.pad(share, (0, size[1] * row_samples(cfg) - samples), mode="edge").reshape(size[1], -1)
         kept = share_by_row.max(axis=1) == 0
     latents = denoise(cfg, x, noise, embeds, params, sampling, callback, known, kept)
@@ -564,10 +566,10 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
         be a list of one a waveform
     With num_waveforms_per_prompt above 1, a prompt's takes go from the most to the least similar to it (`rank`). A
     prompt's takes, and its repetitions, count up the seed. With output_type "mel" the result is the log-mel spectrogram
-    (n, frames, 64), with "latent" it is the latents, both in the order of the seeds. A waveform follows from its seed
-    and prompt alone, whatever stands beside it.
-    Raises InputError for unusable arguments or weights, before any model runs. Its kinds are OutOfMemory, also before,
-    and NotFinite, after one.
+    (n, frames, 64), with "latent" it is the latents, both in the order of the seeds. A waveform follows from its own
+    prompt, seed and options, not from the other prompts and takes of the call.
+    Raises InputError for unusable arguments or weights, and its kind OutOfMemory, before any model runs; its kind
+    NotFinite after one has.
     """
     call = checked_call(**{name: value for name, value in locals().items() if value is not None})  # all that was given
     sampling, takes = call.sampling, call.sampling["num_waveforms_per_prompt"]
@@ -782,7 +784,7 @@ def vae_encode(x, p, cfg):
         for i in range(cfg["layers_per_block"]):
             x = layers.resnet(x, None, block[layers.nth("resnets", i)], groups, eps, False)
         if "downsamplers.0" in block:
-            x = layers.encoder_downsample(x, block["downsamplers.0"]["conv"])
+            x = layers.conv2d(x, block["downsamplers.0"]["conv"], False, stride=2, padding=0)
     x = layers.resnet(x, None, p["mid_block"]["resnets.0"], groups, eps, False)
     x = layers.image_attention(x, p["mid_block"]["attentions.0"], groups)
     x = layers.resnet(x, None, p["mid_block"]["resnets.1"], groups, eps, False)
