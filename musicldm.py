@@ -49,11 +49,10 @@ import mindspore
 import numpy as np
 import soundfile
 from mindspore import Tensor, ops
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 if __package__:  # when the files lie in a package
-    from . import layers
-    from . import weights as checkpoints
+    from . import layers, weights as checkpoints
     from .weights import DEFAULT_CONFIG, InputError, load_config, one_at_a_time, shown
 else:
     import layers
@@ -164,10 +163,7 @@ def vae_decode(x, p, cfg, loop):
 
 @mindspore.jit
 def hifigan(mel, p, cfg):
-    """transformers' SpeechT5HifiGan (Kong et al., 2020): log-mel (N, frames, bands) -> waveform (N, samples).
-
-    In [-1, 1]; at the published rates samples = 160 * frames + 32.
-    """
+    """transformers' SpeechT5HifiGan (Kong et al., 2020): log-mel (N, frames, bands) -> waveform (N, samples)."""
     dilations, slope = cfg["resblock_dilation_sizes"], cfg["leaky_relu_slope"]
     if cfg["normalize_before"]:
         mel = (mel - p["mean"]) / p["scale"]
@@ -346,13 +342,11 @@ def euler_ancestral(predict, x, timesteps, alphas, *, noise, **_):
     for t, sigma, following in zip(timesteps, sigmas, sigmas[1:]):
         down = following ** 2 / sigma
         up = (following ** 2 - down ** 2) ** 0.5
-        x = x + (down - sigma) * noise_at(x, t, sigma)
-        x = x + up * next(noise)
+        x = x + (down - sigma) * noise_at(x, t, sigma) + up * next(noise)
         yield x
 
 
-SCHEDULERS = {"ddim": ddim, "dpm": dpm, "pndm": pndm, "lms": lms, "heun": heun, "euler": euler,
-              "euler_ancestral": euler_ancestral}
+SCHEDULERS = {function.__name__: function for function in (ddim, dpm, pndm, lms, heun, euler, euler_ancestral)}
 
 
 def make_scheduler(name, schedule, steps, eta, noise):
@@ -413,9 +407,8 @@ def encode_prompt(cfg, prompts, params):
 def prompt_vectors(cfg, prompts, params, audio_embeds=None, weight=0.5):
     """What the UNet is conditioned on: CLAP vectors np.float32 (n, projection_dim), unit length.
 
-    Text alone: the vectors of the prompts, a text or a list of texts. Audio alone (prompts None): `audio_embeds`, the
-    vector (1, projection_dim) that encode_audio made of it; the UNet was trained on such vectors. With both, each text
-    is mixed with `weight` (0 to 1) of the audio, and normalised again.
+    prompts: a text or a list of texts, or None for audio alone
+    audio_embeds (1, projection_dim): `encode_audio`'s, of which each text is mixed with the share `weight`, 0 to 1
     """
     if audio_embeds is None:
         return encode_prompt(cfg, prompts, params)
@@ -504,19 +497,15 @@ def vocode(cfg, mel, params, loop=False, window=1024):
     size = min(mel.shape[1], step + 2 * reach)
     last = mel.shape[1] - size
     make_room(cfg, "vocoder", size)
-    waveforms = []
-    for x in mel:
-        waveform = np.zeros(0, np.float32)
-        for start in [*range(0, last, step), last]:
-            made = to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder))[0]
-            first = reach * hop if start else 0
-            waveform = np.concatenate((waveform[:start * hop + first], made[first:]))
-        waveforms.append(waveform)
-    audio = finite(np.stack(waveforms), "the audio")
+    audio = np.zeros((len(mel), 0), np.float32)
+    for start in [*range(0, last, step), last]:
+        made = np.concatenate([to_numpy(hifigan(to_tensor(cfg, x[None, start:start + size]), p, vocoder)) for x in mel])
+        first = reach * hop if start else 0
+        audio = np.concatenate((audio[:, :start * hop + first], made[:, first:]), axis=1)
+    finite(audio, "the audio")
     return audio[:, reach * hop:reach * hop + samples] if loop else audio
 
 
-@one_at_a_time
 def render(cfg, x, noise, embeds, params, sampling, callback=None, original=None):
     """What `generate` does once prompts are vectors and noise is drawn: noise -> latents -> log-mel -> waveforms.
 
@@ -577,8 +566,7 @@ def generate(cfg, prompt=None, params=None, *, prompt_embeds=None, negative_prom
 
     prompt_embeds, negative_embeds = call.prompt_embeds, call.negative_prompt_embeds
     if prompt_embeds is None:
-        heard = None if call.audio_prompt is None else encode_audio(cfg, call.audio_prompt[0], params,
-                                                                    call.audio_prompt[1])
+        heard = call.audio_prompt and encode_audio(cfg, call.audio_prompt[0], params, call.audio_prompt[1])
         prompt_embeds = prompt_vectors(cfg, prompt, params, heard, sampling["audio_prompt_weight"])
     embeds = prompt_embeds
     if call.guided:
@@ -606,9 +594,8 @@ def resample(audio, rate, new_rate):
     HQ, with which the reference resamples: CLAP's bands above 8 kHz hear of 16 kHz audio only what the filter leaks.
     """
     from scipy import signal as dsp  # here, as it takes most of a second, and few need it
-    ratio = fractions.Fraction(new_rate, rate)
-    if max(ratio.numerator, ratio.denominator) > 2000:  # its filter would have hundreds of thousands of taps
-        ratio = ratio.limit_denominator(2000) if ratio < 1 else 1 / (1 / ratio).limit_denominator(2000)
+    ratio = fractions.Fraction(new_rate, rate)  # of numbers above 2000, the filter would have 100,000s of taps
+    ratio = ratio.limit_denominator(2000) if ratio < 1 else 1 / (1 / ratio).limit_denominator(2000)
     up, down = ratio.numerator, ratio.denominator
     nyquist = 1 / max(up, down)  # of the lower rate, as a share of that of the rate at which the filter runs
     taps, beta = dsp.kaiserord(126, (1 - 0.913) * nyquist)
@@ -650,7 +637,7 @@ def clap_features(cfg, waveforms):
     size, hop = extractor["fft_window_size"], extractor["hop_length"]
     filters = mel_filters(rate, size, extractor["frequency_min"], extractor["frequency_max"], extractor["feature_size"])
     features = []
-    for waveform in checked_audio(waveforms, rate):
+    for waveform in waveforms:
         waveform = np.tile(waveform[:length], max(1, length // len(waveform)))
         power = spectra(np.pad(waveform, (0, length - len(waveform))), size, hop) ** 2
         features.append(10 * np.log10(np.maximum(power @ filters, 1e-10)))
@@ -726,10 +713,7 @@ def encode_audio(cfg, audio, params, sampling_rate=16000):
 
 @one_at_a_time
 def score(cfg, prompts, audio, params, sampling_rate=16000):
-    """The cosines of CLAP's text and audio vectors, np.float32 (prompts, waveforms): how well each fits each.
-
-    prompts as in `encode_prompt`, audio and sampling_rate as in `encode_audio`
-    """
+    """How well texts and audio fit: cosines np.float32 (prompts, waveforms) of `encode_prompt` and `encode_audio`."""
     prompts, audio = checked_prompts(prompts), checked_audio(audio, sampling_rate)
     return encode_prompt(cfg, prompts, params) @ encode_audio(cfg, audio, params, sampling_rate).T
 
@@ -740,11 +724,10 @@ def rank(cfg, embeds, audio, params):
     embeds (n, projection_dim), audio (n * takes, samples), by prompt -> (order, scores), (n * takes,) each: the indices
     into audio, by prompt and then from best to worst, and the cosines in that order.
     """
-    heard = encode_audio(cfg, audio, params, cfg["vocoder"]["sampling_rate"]).reshape(len(embeds), -1, embeds.shape[1])
-    scores = np.einsum("ntd,nd->nt", heard, embeds)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    first = np.arange(len(embeds))[:, None] * heard.shape[1]
-    return (first + order).reshape(-1), np.take_along_axis(scores, order, 1).reshape(-1)
+    own = np.repeat(np.arange(len(embeds)), len(audio) // len(embeds))  # of each waveform, the number of its prompt
+    scores = np.einsum("nd,nd->n", encode_audio(cfg, audio, params, cfg["vocoder"]["sampling_rate"]), embeds[own])
+    order = np.lexsort((-scores, own))  # by prompt, then by score
+    return order, scores[order]
 
 
 def interpolate(start, end, n):
@@ -804,10 +787,9 @@ def encode_latents(cfg, audio, params, sampling_rate=16000):
     if len({len(waveform) for waveform in waveforms}) > 1:
         raise InputError("audio holds waveforms of several lengths; valid: of one length")
     vocoder, p, vae, latents = cfg["vocoder"], mindspore.mutable(params["vae"]), frozen(cfg["vae"]), []
-    factor = vae_factor(cfg)
     for waveform in waveforms:
         mel = log_mel(vocoder, resample(waveform, sampling_rate, vocoder["sampling_rate"]))
-        mel = np.pad(mel, ((0, -len(mel) % factor), (0, 0)), constant_values=np.log(1e-5))
+        mel = np.pad(mel, ((0, -len(mel) % vae_factor(cfg)), (0, 0)), constant_values=np.log(1e-5))
         make_room(cfg, "vae", mel.shape, "encoder")
         mean, _ = vae_encode(to_tensor(cfg, mel[None]), p, vae)
         latents.append(to_numpy(mean).transpose(0, 3, 1, 2) * np.float32(cfg["vae"]["scaling_factor"]))
@@ -815,10 +797,8 @@ def encode_latents(cfg, audio, params, sampling_rate=16000):
 
 
 def read_audio(cfg, audio, name="audio_prompt", seconds=None):
-    """(mono waveform (samples,), rate in Hz): of a file, of what soundfile.read returns, or of a generated waveform.
+    """(mono waveform (samples,), rate in Hz) of what `generate` takes as audio_prompt or init_audio, the option `name`.
 
-    audio: a path; (waveform, rate), the waveform (samples,) or (samples, channels); or a waveform at the vocoder's rate
-    name: of the option, for messages
     seconds: how much of a file is read; None for what CLAP hears
     """
     if isinstance(audio, (str, os.PathLike)):
@@ -930,8 +910,6 @@ def extended(cfg, call, embeds, params):
     """
     rate, seconds = cfg["vocoder"]["sampling_rate"], call.sampling["extend"]
     window, _ = clip_size(cfg, own_length(cfg))
-    evaluations = len(scheduler_timesteps(call.sampling["scheduler"], call.sampling["num_inference_steps"],
-                                          cfg["schedule"], call.sampling["strength"]))
 
     def turned(waveforms):  # before the start all is the same, backwards
         return waveforms if seconds > 0 else waveforms[:, ::-1]
@@ -945,7 +923,7 @@ def extended(cfg, call, embeds, params):
         known = turned(np.concatenate((audio[:, -context:], repeated), axis=1))
         start = context / rate - FADE
         part = [start, window / rate] if seconds > 0 else [0, window / rate - start]
-        counted = call.callback and (lambda step, *more: call.callback(i * evaluations + step, *more))
+        counted = call.callback and (lambda step, *more: call.callback(i * call.evaluations + step, *more))
         made = render(cfg, *draw(call, i), embeds, params, {**call.sampling, "repaint": [part]}, counted, known)
         audio = np.concatenate((audio[:, :-context], turned(made)), axis=1)
     return turned(audio[:, :wanted])
@@ -967,11 +945,10 @@ WORDS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+
 def words(text):
     """GPT-2's words. `re` lacks \\p{L} and \\p{N}: it is shown an ASCII character of the same class for any other."""
     def stand_in(character):
-        category = unicodedata.category(character)
-        return "A" if category[0] == "L" else "0" if category[0] == "N" else (
-            "\n" if category[0] == "Z" or character == "\x85" else "!")
+        kind = "Z" if character == "\x85" else unicodedata.category(character)[0]
+        return character if character.isascii() else {"L": "A", "N": "0", "Z": "\n"}.get(kind, "!")
 
-    classes = "".join(character if character.isascii() else stand_in(character) for character in text)
+    classes = "".join(map(stand_in, text))
     return [text[match.start():match.end()] for match in WORDS.finditer(classes)]
 
 
@@ -982,30 +959,24 @@ def byte_pairs(word, ranks):
         pair = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(" ".join(pair), math.inf))
         if " ".join(pair) not in ranks:
             break
-        joined, i = [], 0
-        while i < len(parts):
-            step = 2 if tuple(parts[i:i + 2]) == pair else 1
-            joined.append("".join(parts[i:i + step]))
-            i += step
-        parts = joined
+        for i in range(len(parts) - 1):  # parts gets shorter meanwhile: beyond its end there is no pair
+            if tuple(parts[i:i + 2]) == pair:
+                parts[i:i + 2] = ["".join(pair)]
     return parts
 
 
 def text_to_tokens(text, ranks, added):
     """RoBERTa's tokens of one text. Special and added tokens in it count as such, the longest first, and may take the
     spaces on their left or right: see `load_vocabulary`."""
-    characters, tokens = checkpoints.byte_characters(), []
+    characters, tokens, strips_right = checkpoints.byte_characters(), [], False
     pieces = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
-    for i, piece in enumerate(pieces):  # text and token by turns
-        if i % 2:
-            tokens.append(piece)
-            continue
-        _, strips_right = added[pieces[i - 1]] if i > 0 else (False, False)
-        strips_left, _ = added[pieces[i + 1]] if i + 1 < len(pieces) else (False, False)
+    for piece, token in itertools.zip_longest(pieces[::2], pieces[1::2]):  # after the last piece stands no token
         piece = piece.lstrip() if strips_right else piece
+        strips_left, strips_right = added.get(token, (False, False))
         piece = piece.rstrip() if strips_left else piece
         for word in words(piece):
             tokens += byte_pairs("".join(characters[byte] for byte in word.encode("utf-8")), ranks)
+        tokens += [token] if token else []
     return tokens
 
 
@@ -1084,13 +1055,11 @@ def prepared(cfg, params, as_tensor=Tensor.from_numpy):
     """
     if checkpoints.use_device(cfg) != "CPU":
         return params
-
-    def prepare(name, x):
-        if x.ndim < 4 or x.shape[2:] == (1, 1):
-            return x
-        return as_tensor(layers.prepared_weight(x, stride=2 if "downsamplers" in name else 1))
-
-    return checkpoints.nest({name: prepare(name, x) for name, x in checkpoints.flatten(params).items()})
+    flat = checkpoints.flatten(params)
+    for name, x in flat.items():
+        if x.ndim == 4 and x.shape[2:] != (1, 1):
+            flat[name] = as_tensor(layers.prepared_weight(x, stride=2 if "downsamplers" in name else 1))
+    return checkpoints.nest(flat)
 
 
 def frozen(section):
@@ -1204,17 +1173,11 @@ def check_memory(cfg, shape, guided):
 
 
 def take_seeds(seed, prompts, takes):
-    """The seed of each waveform, by prompt: `takes` of them count up from `seed`, and on over a prompt's repetitions.
-
-    A list is taken as it is.
-    """
+    """The seed of each waveform: `takes` a prompt count up from `seed`, and on over its repetitions; or the list."""
     if isinstance(seed, (list, tuple)):
         return list(seed)
-    seen, seeds = collections.Counter(), []
-    for prompt in prompts:
-        seeds += range(seed + seen[prompt], seed + seen[prompt] + takes)
-        seen[prompt] += takes
-    return seeds
+    counters = collections.defaultdict(lambda: itertools.count(seed))
+    return [next(counters[prompt]) for prompt in prompts for _ in range(takes)]
 
 
 def standard_normal(seeds, number, size):
@@ -1239,7 +1202,8 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
     at_once: how many waveforms are to fit in memory, if not all
     sampling (strength and audio_length_in_s are numbers), prompt_embeds, negative_prompt_embeds, latents, noise (arrays
     or None), audio_prompt (waveform, rate) or None, original (samples,) or None, callback; guided: whether the UNet
-    takes two rows a waveform; negative_prompts, one a prompt; seeds, one a waveform; size: the latents' (8, h, w)
+    takes two rows a waveform; negative_prompts, one a prompt; seeds, one a waveform; size: the latents' (8, h, w);
+    evaluations: of the UNet, in a window
     """
     models = [*checkpoints.MODELS]
     for name, value, parts in (("cfg", cfg, ["sampling", *models]), ("params", params, models)):
@@ -1247,7 +1211,10 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
             raise InputError(f"{name} is {shown(value)}; valid: a dict with {', '.join(parts)}")
     checkpoints.check_config(cfg)
     if params is not None:
-        check_params(cfg, params)
+        wanted = checkpoints.tensor_dtype(cfg)
+        for name, x in checkpoints.checked_tree(cfg, params, may_be_prepared=True).items():
+            if x.dtype != wanted:
+                raise InputError(f"params hold {x.dtype} in {name}, and cfg computes in {wanted}; valid: of one dtype")
     if prompt_embeds is not None:
         if prompt is not None or audio_prompt is not None:
             raise InputError("prompt_embeds stands beside a prompt or an audio_prompt; valid: one or the other")
@@ -1272,21 +1239,15 @@ def checked_call(cfg=None, prompt=None, params=None, prompt_embeds=None, negativ
     check_memory(cfg, (min(shape[0], at_once), *size), guided)
     if sampling["extend"] and not (latents is None and noise is None):
         raise InputError("latents or noise stand beside extend; valid: a seed")
+    timesteps = scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"],
+                                    sampling["strength"])
     return types.SimpleNamespace(
         sampling=sampling, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, size=size,
-        audio_prompt=audio_prompt, original=original, callback=callback, guided=guided,
+        audio_prompt=audio_prompt, original=original, callback=callback, guided=guided, evaluations=len(timesteps),
         seeds=take_seeds(sampling["seed"], conditions, sampling["num_waveforms_per_prompt"]),
         negative_prompts=negative if isinstance(negative, (list, tuple)) else [negative or ""] * n,
         latents=None if latents is None else checked_array("latents", latents, shape),
         noise=None if noise is None else checked_array("noise", noise, (sampling["num_inference_steps"], *shape)))
-
-
-def check_params(cfg, params):
-    """Refuse parameters that are not of cfg's architecture and dtype; a UNet's may be `prepared`."""
-    wanted = checkpoints.tensor_dtype(cfg)
-    for name, x in checkpoints.checked_tree(cfg, params, may_be_prepared=True).items():
-        if x.dtype != wanted:
-            raise InputError(f"params hold {x.dtype} in {name}, and cfg computes in {wanted}; valid: of one dtype")
 
 
 def checked_array(name, value, shape):
@@ -1375,17 +1336,12 @@ def checked_options(cfg, options, n):
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-def numbered(path, name):
-    """The path with a number, or several, before its ending."""
-    path = pathlib.Path(path)
-    return path.parent / f"{path.stem}{name}{path.suffix}"
-
-
 def output_paths(outs, names, replace):
-    """For each of `outs`, its path under each of the names; those of a later run, -2, -3, ..., if one is there."""
+    """For each of `outs`, its path with each name before its ending; of a later run, -2, -3, ..., if one is there."""
     for run in itertools.count(1):
-        found = [[numbered(out, f"-{run}{name}" if run > 1 else name) for name in names] for out in outs]
-        if replace or not any(path.is_file() for paths in found for path in paths):
+        later = f"-{run}" if run > 1 else ""
+        found = [[out.parent / f"{out.stem}{later}{name}{out.suffix}" for name in names] for out in outs]
+        if replace or not any(os.path.isfile(path) for paths in found for path in paths):
             return found
 
 
@@ -1436,8 +1392,7 @@ def spectrogram_bytes(mel, seconds):
     colours = np.stack([np.interp(level, np.linspace(0, 1, 5), channel) for channel in zip(*COLOURS)], axis=-1)
     picture = Image.fromarray(colours.astype(np.uint8))
     picture = picture.resize((max(len(mel), 400), 4 * mel.shape[1]), Image.Resampling.NEAREST)
-    page = Image.new("RGB", (picture.width, picture.height + 16), "white")
-    page.paste(picture)
+    page = ImageOps.expand(picture, (0, 0, 0, 16), "white")  # room below for the caption
     caption = f"{seconds:.2f} s ({len(mel)} frames) x {mel.shape[1]} mel bands, log {low:.1f} to {high:.1f}"
     ImageDraw.Draw(page).text((4, picture.height + 2), caption, fill="black")
     buffer = io.BytesIO()
@@ -1481,8 +1436,7 @@ def read_prompts(args):
     if not prompts and (args.prompts_file is not None or args.audio_prompt is None):
         raise InputError("no prompt; valid: --prompt TEXT, once or more, --prompts-file FILE with a prompt a line, or "
                          "--audio-prompt FILE")
-    if prompts:
-        checked_prompts(list(prompts.values()))
+    checked_prompts(list(prompts.values()) or "")
     return prompts
 
 
@@ -1556,21 +1510,20 @@ def parse_arguments(argv):
     defaults = checkpoints.published_config()
     for flag, (key, metavar, text) in SHORTCUTS.items():
         default = functools.reduce(dict.get, key.split("."), defaults)
-        parser.add_argument(flag, dest="set", action="append", metavar=metavar,
+        parser.add_argument(flag, dest="set", action="append", default=[], metavar=metavar,
                             help=text if default is None else f"{text} (default {default})",
                             type=lambda value, key=key: f"{key}={json.dumps(as_meant(key, value))}")
     parser.add_argument("--loop", dest="set", action="append_const", const="sampling.loop=true",
                         help="a clip that repeats without a seam")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE",
                         help="any key of config.yaml, such as sampling.seed=3")
-    parser.set_defaults(set=[])  # argparse would take the default from the first of these flags, which has none
     parser.add_argument("--weights", metavar="DIR|HUB-ID|demo|random", help="checkpoint folder, hub id such as "
                         f"ucsd-reach/musicldm, our own small one, or random numbers (default {defaults['weights']})")
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML configuration")
-    parser.add_argument("--out", default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by its ending; if the "
-                        "file is there, a number is added (default musicldm.wav)")
-    parser.add_argument("--spectrogram", metavar="FILE.png", help="also draw the log-mel spectrogram: time goes to the "
-                        "right, pitch upwards")
+    parser.add_argument("--out", type=pathlib.Path, default="musicldm.wav", metavar="FILE", help="wav, flac or ogg, by "
+                        "its ending; if the file is there, a number is added (default musicldm.wav)")
+    parser.add_argument("--spectrogram", type=pathlib.Path, metavar="FILE.png", help="also draw the log-mel "
+                        "spectrogram: time goes to the right, pitch upwards")
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="waveforms computed together (default 1): "
                         "faster, with more memory")
     parser.add_argument("--resume", action="store_true", help="skip files that are there, whatever made them")
@@ -1581,12 +1534,12 @@ def parse_arguments(argv):
     if rest:
         raise InputError(f"{shown(' '.join(rest))} belongs to no option; valid: a prompt in quotes, such as --prompt "
                          '"slow sad piano"')
+    args.set += [f"sampling.repaint={args.repaint}"] if args.repaint else []
     repeated = ("--prompt", "--negative-prompt", "--repaint", "--set", "--resume", "--quiet")
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for name, times in collections.Counter(given + [text.partition("=")[0].strip() for text in args.set]).items():
         if times > 1 and name not in repeated:
             raise InputError(f"{name} is given {times} times; valid: once")
-    args.set += [f"sampling.repaint={args.repaint}"] if args.repaint else []
     return args
 
 
@@ -1618,9 +1571,9 @@ def kept_graphs(plan, device="CPU"):
                 with tempfile.TemporaryFile(dir=cache) as file:  # room for it, or MindSpore complains for each graph
                     file.write(bytes(2 ** 26))
             part = pathlib.Path(tempfile.mkdtemp(dir=cache))
+            stack.callback(lambda: shutil.rmtree(part, ignore_errors=True))
             fcntl.flock(os.open(part, os.O_RDONLY), fcntl.LOCK_EX)  # before another process can take it for a leftover
             part = part.rename(part.with_suffix(".part"))
-            stack.callback(shutil.rmtree, part, ignore_errors=True)
         except (OSError, ImportError):  # then without kept graphs
             os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
             yield
@@ -1665,12 +1618,11 @@ def planned(args):
         names = [(f"_{row // takes + 1}" if n > 1 else "") + (f"_{row % takes + 1}" if takes > 1 else "")
                  for row in range(n * takes)]
     worker = os.environ.get("MS_ROLE") == "MS_WORKER"  # which must not take what others of them write for old
-    paths, *pictures = output_paths([args.out, *([] if args.spectrogram is None else [args.spectrogram])], names,
-                                    args.resume or worker)
-    pictures = pictures[0] if pictures else []
+    outs = [args.out] if args.spectrogram is None else [args.out, args.spectrogram]
+    paths, *pictures = output_paths(outs, names, args.resume or worker)
     check_output("--out", paths, FORMATS, 2 * samples * min(max(takes, args.batch), n * takes))
-    if pictures:
-        check_output("--spectrogram", pictures, (".png",), 1)
+    for drawn in pictures:  # none, or one list
+        check_output("--spectrogram", drawn, (".png",), 1)
 
     together = max(1, args.batch // takes)
     groups = [range(first, min(first + together, n)) for first in range(0, n, together)]
@@ -1679,11 +1631,11 @@ def planned(args):
         if "RANK_ID" not in os.environ:
             raise InputError("RANK_ID is not set; valid on several hosts: msrun with --node_rank")
         groups = groups[int(os.environ["RANK_ID"])::int(os.environ["RANK_SIZE"])]
-    own = {group: [path for files in (paths, pictures) for path in files[group.start * takes:group.stop * takes]]
+    own = {group: [path for files in (paths, *pictures) for path in files[group.start * takes:group.stop * takes]]
            for group in groups}
-    there = [path for files in own.values() for path in files if path.exists()]
+    there = {path: None for files in own.values() for path in files if path.exists()}  # in order
     if there and not args.resume:
-        raise InputError(f"{there[0]} is there; valid under msrun: a new --out, or --resume")
+        raise InputError(f"{next(iter(there))} is there; valid under msrun: a new --out, or --resume")
     missing = {group: [path for path in files if path not in there] for group, files in own.items()}
     return types.SimpleNamespace(
         **vars(call), cfg=cfg, texts=texts, prompted=bool(prompts), samples=samples, batch=args.batch,
@@ -1709,17 +1661,13 @@ def what_graphs_follow_from(plan):
 def produce(plan, params, quiet):
     """Yield for each group {path: bytes} of the files that are missing, and a line about each waveform."""
     sampling, takes = plan.sampling, plan.sampling["num_waveforms_per_prompt"]
-    own = {"negative_prompt": None}  # it goes as vectors
-    if plan.original is not None:
-        own["audio_length_in_s"] = None  # the original is as long as that already
-    cfg = {**plan.cfg, "sampling": {**plan.cfg["sampling"], **own}}
+    # negative prompts go as vectors, and the original is as long as was asked for already
+    length = plan.cfg["sampling"]["audio_length_in_s"] if plan.original is None else None
+    cfg = {**plan.cfg, "sampling": {**plan.cfg["sampling"], "negative_prompt": None, "audio_length_in_s": length}}
     weight, rate = sampling["audio_prompt_weight"], cfg["vocoder"]["sampling_rate"]
     seconds = plan.samples / rate
-    evaluations = len(scheduler_timesteps(sampling["scheduler"], sampling["num_inference_steps"], cfg["schedule"],
-                                          sampling["strength"]))
-    if sampling["extend"]:
-        evaluations *= window_count(cfg, len(plan.original), sampling["extend"])
-    heard = None if plan.audio_prompt is None else encode_audio(cfg, plan.audio_prompt[0], params, plan.audio_prompt[1])
+    windows = window_count(cfg, len(plan.original), sampling["extend"]) if sampling["extend"] else 1
+    heard = plan.audio_prompt and encode_audio(cfg, plan.audio_prompt[0], params, plan.audio_prompt[1])
     if plan.interpolated:
         way = interpolate(*prompt_vectors(cfg, plan.texts, params, heard, weight), plan.interpolated)
     if len(plan.missing) > 1:
@@ -1738,7 +1686,7 @@ def produce(plan, params, quiet):
                                   negative_prompt_embeds=away[prompts] if plan.guided else None,
                                   init_audio=plan.original, seed=[plan.seeds[row] for row in some],
                                   num_waveforms_per_prompt=1, callback_steps=1,
-                                  callback=None if quiet else progress_line(name, evaluations)))
+                                  callback=None if quiet else progress_line(name, windows * plan.evaluations)))
         audio = np.concatenate(audio)
         order, scores = rank(cfg, toward, audio, params) if takes > 1 else (range(len(rows)), None)
         files, lines = {}, []
@@ -1746,8 +1694,8 @@ def produce(plan, params, quiet):
             row = rows[i if plan.named_by_seed else place]  # whose name the file gets: of its seed, or of its place
             path = plan.paths[row]
             files[path] = audio_bytes(audio[i], rate, path.suffix)
-            if plan.pictures:
-                files[plan.pictures[row]] = spectrogram_bytes(log_mel(cfg["vocoder"], audio[i]), seconds)
+            for drawn in plan.pictures:
+                files[drawn[row]] = spectrogram_bytes(log_mel(cfg["vocoder"], audio[i]), seconds)
             score = "" if scores is None else f"  score {scores[place]:.3f}"
             lines.append(f"{path}  {seconds:.2f} s  seed {plan.seeds[rows[i]]}{score}")
         yield {path: files[path] for path in missing}, lines

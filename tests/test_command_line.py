@@ -420,6 +420,8 @@ def test_a_spectrogram_has_low_bands_below_and_time_to_the_right():
                    "--interpolate", "--audio-prompt", "--config")],
     (["--prompt", "a", "--loop", "--loop"], "--loop is given 2 times"),
     (["--prompt", "a", "--seed=1", "--set", "sampling.seed=2"], "sampling.seed is given 2 times; valid: once"),
+    (["--prompt", "a", "--repaint", "1:2", "--set", "sampling.repaint=[[3,4]]"], "sampling.repaint is given 2 times"),
+    (["--prompt", "a", "--out", "a" * 300 + ".wav"], "the file name is too long; valid: up to 240 bytes"),
     (["--prompt", "a", "--prompt", "b", *["--negative-prompt", "c"] * 3],
      "negative_prompt is a list of 3; valid: one, or a list of 2"),
     (["--prompt", "a", "--guidance", "1" + "0" * 400], "valid: a finite number"),
