@@ -6,6 +6,7 @@ name in the file. A number stays with the word before it (`params["unet"]["down_
 a MindSpore graph takes dicts at most six deep.
 """
 import contextlib
+import copy
 import difflib
 import functools
 import inspect
@@ -42,6 +43,7 @@ TOKENIZER_FILES = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/to
 IGNORED_BUFFERS = re.compile(r"\.(position_ids|token_type_ids|relative_position_index|num_batches_tracked)$")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in an old VAE
 WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 RANDOM, DEMO = "random", "demo"
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -135,8 +137,7 @@ class NotFinite(InputError):
 def find_weights(weights, quiet=False):
     """A folder path, a hub id, "demo" (beside this file) or "random" -> the folder as str, or "random".
 
-    Hub files are fetched: of each model the float32 files, or where there are none those of the variant fp16.
-    quiet: without progress bars
+    Hub files are fetched, if `quiet` without progress bars: of each model the float32 files, else the variant fp16's.
     """
     if weights == DEMO:
         weights = str(pathlib.Path(__file__).with_name(DEMO))
@@ -160,13 +161,10 @@ def find_weights(weights, quiet=False):
         if quiet and bars:
             utils.disable_progress_bars()
         folder = snapshot_download(weights, allow_patterns=files + sum(whole.values(), []))
-        check_index(folder)  # no second search in a folder that is not of this kind
         left = [model for model in MODELS if not any(pathlib.Path(folder, model).glob("*.safetensors"))]
         if left:
             folder = snapshot_download(weights, allow_patterns=files + sum(map(halves.get, left), []))
         return folder
-    except InputError:
-        raise
     except Exception as error:  # the hub client has many error types; each means that the files could not be had
         raise InputError(f"weights: cannot fetch {weights!r}: {one_line(error)}") from error
     finally:
@@ -190,7 +188,6 @@ def shown(value):
 
 def listed(names):
     """The first of some names, and how many there are besides."""
-    names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -200,45 +197,35 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"weights: {path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(unreadable(path, error)) from None
 
 
 def unreadable(path, error):
     """What to say of a file that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(26) == b"version https://git-lfs.gi":
-                return f"weights: {path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it is from"
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(26) == b"version https://git-lfs.gi":
+            return f"weights: {path} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it is from"
     return f"weights: cannot read {path}: {one_line(error)}"
 
 
 def check_index(folder):
-    """Refuse a folder whose model_index.json says that it is no MusicLDM, or that other classes compute it.
-
-    -> the scheduler's class, or None if there is no such file
-    """
+    """The scheduler's class in model_index.json, or None; refused if it is no MusicLDM's, or of other classes."""
     path = pathlib.Path(folder) / "model_index.json"
     index = read_json(path) if path.is_file() else {}
     kind = index.get("_class_name", "MusicLDMPipeline") if isinstance(index, dict) else index
     if kind != "MusicLDMPipeline":
         raise InputError(f"weights: {path} is of {kind!r}; valid: a MusicLDMPipeline, such as ucsd-reach/musicldm")
     for name, (library, wanted) in CLASSES.items():
-        others = {"tokenizer": ["RobertaTokenizerFast"], "scheduler": SCHEDULER_NAMES}.get(name, [])
+        valid = {"tokenizer": [wanted, "RobertaTokenizerFast"], "scheduler": SCHEDULER_NAMES}.get(name, [wanted])
         stated = index.get(name, [library, wanted])
-        if stated not in [[library, kind] for kind in (wanted, *others)]:
-            raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {library}'s "
-                             f"{', '.join(dict.fromkeys([wanted, *others]))}")
+        if stated not in [[library, kind] for kind in valid]:
+            raise InputError(f"weights: {path}: {name} is {stated!r}; implemented: {library}'s {', '.join(valid)}")
     return index["scheduler"][1] if "scheduler" in index else None
 
 
 def read_config_files(folder):
-    """The architecture that a checkpoint states: {section: its config.json}, refused if it is not implemented here.
-
-    What a file leaves out has the reference's default, and is refused as if it were stated.
-    """
+    """{section: its config.json, with the reference's defaults} of a checkpoint, refused if it is not implemented."""
     scheduler = check_index(folder)
     paths = {section: pathlib.Path(folder) / name for section, name in CONFIG_FILES.items()}
     vocabulary, merges, tokenizer, *_ = (pathlib.Path(folder) / name for name in TOKENIZER_FILES)
@@ -249,7 +236,7 @@ def read_config_files(folder):
     files = {section: read_json(path) for section, path in paths.items()}
     path, stated = paths["schedule"], files["schedule"]
     scheduler = scheduler or (isinstance(stated, dict) and stated.get("_class_name")) or CLASSES["scheduler"][1]
-    if scheduler not in SCHEDULER_NAMES:
+    if scheduler not in [*SCHEDULER_NAMES]:
         raise InputError(f"weights: {path}: _class_name is {scheduler!r}; implemented: {', '.join(SCHEDULER_NAMES)}")
     files = {section: with_defaults(section if section != "schedule" else scheduler, stated, paths[section])
              for section, stated in files.items()}
@@ -297,81 +284,71 @@ def check_architecture(cfg):
     text, audio = cfg["text_encoder"]["text_config"], cfg["text_encoder"]["audio_config"]
     unet, vae, vocoder, schedule = cfg["unet"], cfg["vae"], cfg["vocoder"], cfg["schedule"]
     extractor, mels, side, stages = cfg["feature_extractor"], audio["num_mel_bins"], audio["spec_size"], audio["depths"]
-    channels, heads = unet["block_out_channels"], heads_by_level(unet)
+    channels, heads, values = unet["block_out_channels"], heads_by_level(unet), flatten(cfg)
 
-    def positive(section, prefix):
-        for name, value in section.items():
-            numbers = np.ravel(sum(value, []) if isinstance(value, list) and isinstance(value[0], list) else value)
-            if numbers.dtype.kind in "if" and not (numbers > 0).all():
-                yield f"{prefix}.{name} is {value}; valid: above 0"
+    def require(holds, name, valid):
+        if not holds:
+            raise InputError(f"{name} is {values[name]}; valid: {valid}")
 
-    def rules():
-        yield from positive({**text, "pad_token_id": 1}, "text_encoder.text_config")
-        yield from positive(audio, "text_encoder.audio_config")
-        yield from positive({**extractor, "frequency_min": 1}, "feature_extractor")
-        for section in ("unet", "vae", "vocoder"):
-            yield from positive(cfg[section], section)
-        for name in ("down_block_types", "up_block_types"):
-            if len(unet[name]) != len(channels):
-                yield f"unet.{name} has {len(unet[name])} entries; valid: one for each of block_out_channels"
-        if len(heads) != len(channels):
-            yield f"unet.attention_head_dim has {len(heads)} entries; valid: one for each of block_out_channels"
-        for c, h, kind in zip(channels, heads, unet["down_block_types"]):
-            if h > 0 and kind.startswith("CrossAttn") and c % h:
-                yield f"unet.attention_head_dim is {unet['attention_head_dim']}; valid: divisors of {channels}"
-        for name, section in (("unet", unet), ("vae", vae)):
-            groups = section["norm_num_groups"]
-            if any(c % groups for c in section["block_out_channels"]):
-                yield f"{name}.norm_num_groups is {groups}; valid: a divisor of block_out_channels"
-        if text["hidden_size"] % max(1, text["num_attention_heads"]):
-            yield f"text_encoder.text_config.num_attention_heads is not a divisor of hidden_size, {text['hidden_size']}"
-        if not 0 <= text["pad_token_id"] <= text["max_position_embeddings"] - 4:
-            yield f"text_encoder.text_config.pad_token_id is {text['pad_token_id']}; valid: 0 or more, small"
-        if len(audio["num_attention_heads"]) != len(stages) or any(
-                audio["patch_embeds_hidden_size"] * 2 ** i % h for i, h in enumerate(audio["num_attention_heads"])):
-            yield ("text_encoder.audio_config.num_attention_heads must have an entry for each of depths, a divisor of "
-                   "the stage's channels")
-        if audio["hidden_size"] != audio["patch_embeds_hidden_size"] * 2 ** (len(stages) - 1):
-            yield (f"text_encoder.audio_config.hidden_size is {audio['hidden_size']}; valid: patch_embeds_hidden_size, "
-                   "doubled after each stage but the last")
-        if side % mels or mels % audio["patch_size"] or side % (
-                audio["patch_size"] * audio["window_size"] * 2 ** (len(stages) - 1)):
-            yield (f"text_encoder.audio_config.spec_size is {side}; valid: a multiple of num_mel_bins, and in every "
-                   "stage of patch_size and window_size")
-        if extractor["feature_size"] != mels:
-            yield f"feature_extractor.feature_size is {extractor['feature_size']}; valid: num_mel_bins, {mels}"
-        if not 1000 <= extractor["sampling_rate"] <= 192000:
-            yield f"feature_extractor.sampling_rate is {extractor['sampling_rate']}; valid: 1000 to 192000"
-        if not 0 <= extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
-            yield "feature_extractor: 0, frequency_min, frequency_max and half the sampling_rate must lie in this order"
-        if extractor["nb_max_samples"] // extractor["hop_length"] >= side * (side // mels):
-            yield (f"feature_extractor.nb_max_samples is {extractor['nb_max_samples']}; valid: below "
-                   f"{side * (side // mels)} frames")
-        if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
-                k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):
-            yield "vocoder.upsample_kernel_sizes must have an entry for each of upsample_rates, and none below it"
-        if len(vocoder["resblock_kernel_sizes"]) != len(vocoder["resblock_dilation_sizes"]):
-            yield "vocoder.resblock_dilation_sizes must have a list for each of resblock_kernel_sizes"
-        if vocoder["model_in_dim"] % 2 ** (len(vae["block_out_channels"]) - 1):
-            yield f"vocoder.model_in_dim is {vocoder['model_in_dim']}; valid: what the VAE's scale divides"
-        if not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
-            yield "unet.in_channels, unet.out_channels and vae.latent_channels must be equal"
-        if unet["projection_class_embeddings_input_dim"] != cfg["text_encoder"]["projection_dim"]:
-            yield (f"unet.projection_class_embeddings_input_dim is {unet['projection_class_embeddings_input_dim']}; "
-                   f"valid: CLAP's projection_dim, {cfg['text_encoder']['projection_dim']}")
-        if vae["out_channels"] != 1:
-            yield f"vae.out_channels is {vae['out_channels']}; valid: 1, a spectrogram"
-        if vocoder["upsample_initial_channel"] % 2 ** len(vocoder["upsample_rates"]):
-            yield (f"vocoder.upsample_initial_channel is {vocoder['upsample_initial_channel']}; valid: what halves at "
-                   "each of upsample_rates")
-        if not 0 < schedule["beta_start"] <= schedule["beta_end"] < 1:
-            yield "schedule.beta_start and beta_end must lie between 0 and 1 in this order"
-        if schedule["num_train_timesteps"] < 2 or not 0 <= schedule["steps_offset"] <= 1:
-            yield "schedule.num_train_timesteps must be 2 or more, and steps_offset 0 or 1"
-
-    problem = next(rules(), None)
-    if problem:
-        raise InputError(problem)
+    may_be_0 = ("sampling.", "schedule.", "text_encoder.text_config.pad_token_id", "feature_extractor.frequency_min")
+    for name, value in values.items():
+        if not name.startswith(may_be_0):
+            numbers = np.hstack(value if isinstance(value, (list, tuple)) else [value])
+            require(numbers.dtype.kind not in "if" or (numbers > 0).all(), name, "above 0")
+    for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+        found = len(heads if name == "attention_head_dim" else unet[name])
+        if found != len(channels):
+            raise InputError(f"unet.{name} has {found} entries; valid: one for each of block_out_channels")
+    for name, plain in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
+        require({*unet[name]} <= {plain, f"CrossAttn{plain}"}, f"unet.{name}", f"{plain} or CrossAttn{plain}")
+    attending = [any(kind.startswith("CrossAttn") for kind in pair)
+                 for pair in zip(unet["down_block_types"], unet["up_block_types"][::-1])][:-1] + [True]  # the mid block
+    require(not any(c % h for c, h, attends in zip(channels, heads, attending) if attends),
+            "unet.attention_head_dim", f"divisors of {channels}")
+    for name in ("unet", "vae"):
+        require(not any(c % cfg[name]["norm_num_groups"] for c in cfg[name]["block_out_channels"]),
+                f"{name}.norm_num_groups", "a divisor of block_out_channels")
+    require(text["hidden_size"] % text["num_attention_heads"] == 0,
+            "text_encoder.text_config.num_attention_heads", f"a divisor of hidden_size, {text['hidden_size']}")
+    require(0 <= text["pad_token_id"] <= text["max_position_embeddings"] - 4,
+            "text_encoder.text_config.pad_token_id", "0 or more, small")
+    if len(audio["num_attention_heads"]) != len(stages) or any(
+            audio["patch_embeds_hidden_size"] * 2 ** i % h for i, h in enumerate(audio["num_attention_heads"])):
+        raise InputError("text_encoder.audio_config.num_attention_heads must have an entry for each of depths, a "
+                         "divisor of the stage's channels")
+    require(audio["hidden_size"] == audio["patch_embeds_hidden_size"] * 2 ** (len(stages) - 1),
+            "text_encoder.audio_config.hidden_size", "patch_embeds_hidden_size, doubled after each stage but the last")
+    require(side % mels == mels % audio["patch_size"] == 0
+            and side % (audio["patch_size"] * audio["window_size"] * 2 ** (len(stages) - 1)) == 0,
+            "text_encoder.audio_config.spec_size",
+            "a multiple of num_mel_bins, and in every stage of patch_size and window_size")
+    require(extractor["feature_size"] == mels, "feature_extractor.feature_size", f"num_mel_bins, {mels}")
+    require(1000 <= extractor["sampling_rate"] <= 192000, "feature_extractor.sampling_rate", "1000 to 192000")
+    if not 0 <= extractor["frequency_min"] < extractor["frequency_max"] <= extractor["sampling_rate"] / 2:
+        raise InputError("feature_extractor: 0, frequency_min, frequency_max and half the sampling_rate must ascend")
+    require(extractor["nb_max_samples"] // extractor["hop_length"] < side * (side // mels),
+            "feature_extractor.nb_max_samples", f"below {side * (side // mels)} frames")
+    if len(vocoder["upsample_rates"]) != len(vocoder["upsample_kernel_sizes"]) or any(
+            k < r for k, r in zip(vocoder["upsample_kernel_sizes"], vocoder["upsample_rates"])):
+        raise InputError("vocoder.upsample_kernel_sizes must have an entry for each of upsample_rates, none below it")
+    if len(vocoder["resblock_kernel_sizes"]) != len(vocoder["resblock_dilation_sizes"]):
+        raise InputError("vocoder.resblock_dilation_sizes must have a list for each of resblock_kernel_sizes")
+    require(all(k % 2 for k in vocoder["resblock_kernel_sizes"]), "vocoder.resblock_kernel_sizes", "odd numbers")
+    require(vocoder["model_in_dim"] % 2 ** (len(vae["block_out_channels"]) - 1) == 0,
+            "vocoder.model_in_dim", "what the VAE's scale divides")
+    if not unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]:
+        raise InputError("unet.in_channels, unet.out_channels and vae.latent_channels must be equal")
+    require(unet["projection_class_embeddings_input_dim"] == cfg["text_encoder"]["projection_dim"],
+            "unet.projection_class_embeddings_input_dim",
+            f"CLAP's projection_dim, {cfg['text_encoder']['projection_dim']}")
+    for name in ("vae.in_channels", "vae.out_channels"):
+        require(values[name] == 1, name, "1, a spectrogram")
+    require(vocoder["upsample_initial_channel"] % 2 ** len(vocoder["upsample_rates"]) == 0,
+            "vocoder.upsample_initial_channel", "what halves at each of upsample_rates")
+    if not 0 < schedule["beta_start"] <= schedule["beta_end"] < 1:
+        raise InputError("schedule.beta_start and beta_end must lie between 0 and 1 in this order")
+    if schedule["num_train_timesteps"] < 2 or not 0 <= schedule["steps_offset"] <= 1:
+        raise InputError("schedule.num_train_timesteps must be 2 or more, and steps_offset 0 or 1")
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -506,16 +483,14 @@ def load_config(path=DEFAULT_CONFIG, weights=None, overrides=(), quiet=False):
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     changes = [parse_override(text) for text in overrides] + ([] if weights is None else [{"weights": str(weights)}])
-    published = published_config()
+    published = copy.deepcopy(published_config())
     cfg = merged(published, read_yaml(path))
     folder = find_weights(functools.reduce(merged, changes, cfg)["weights"], quiet)
     if folder != RANDOM:
         stated = read_config_files(folder)
-        cfg = {**cfg, **merged({section: published[section] for section in stated},
-                               {section: known_part(stated[section], published[section]) for section in stated})}
+        cfg = {**cfg, **merged({section: published[section] for section in stated}, known_part(stated, published))}
         if cfg["sampling"]["scheduler"] == published["sampling"]["scheduler"]:
-            name = SCHEDULER_NAMES[stated["schedule"]["_class_name"]]
-            cfg["sampling"] = {**cfg["sampling"], "scheduler": name}
+            cfg["sampling"] = {**cfg["sampling"], "scheduler": SCHEDULER_NAMES[stated["schedule"]["_class_name"]]}
     cfg = {**functools.reduce(merged, changes, cfg), "weights": folder}
     check_architecture(cfg)
     load_vocabulary(cfg)  # refused now rather than when the first prompt is read
@@ -544,17 +519,10 @@ def load_vocabulary(cfg):
         vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}
         return vocab, {}, {token: (token == "<mask>", False) for token in SPECIAL_TOKENS}, longest
     paths = tuple(pathlib.Path(cfg["weights"]) / name for name in TOKENIZER_FILES)
-    *read, limit = read_tokenizer(paths, text["vocab_size"], tuple(map(identity, paths)))
+    stats = [path.stat() for path in paths if path.is_file()]  # some of it changes with a file
+    versions = tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    *read, limit = read_tokenizer(paths, text["vocab_size"], versions)
     return *read, int(min(longest, limit or longest))
-
-
-def identity(path):
-    """What changes when a file is replaced or rewritten; None if it cannot be seen: reading it says why."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def refuse_settings(stated, implemented, path):
@@ -589,12 +557,10 @@ def added_tokens(whole, config, special, added):
 
 
 @functools.lru_cache(4)  # reading takes a quarter of the time of encoding a prompt
-def read_tokenizer(paths, size, identities):
-    """`load_vocabulary` of TOKENIZER_FILES, but for the positions; ids must be below `size`.
+def read_tokenizer(paths, size, versions):
+    """`load_vocabulary` of TOKENIZER_FILES, but for the positions; `versions` is only part of the cache's key.
 
-    `identities` is only part of the cache's key.
-
-    What transformers' RobertaTokenizer or RobertaTokenizerFast would make of these files otherwise is refused.
+    Refused are ids from `size` on, and what RobertaTokenizer or RobertaTokenizerFast would make of the files otherwise.
     """
     vocab_path, merges_path, whole_path, config_path, *_ = paths
     whole, config, special, added = (read_json(path) if path.is_file() else {} for path in paths[2:])
@@ -602,11 +568,10 @@ def read_tokenizer(paths, size, identities):
         model = whole.get("model", {})
         read = model.get("vocab"), [merge if isinstance(merge, str) else " ".join(merge)
                                     for merge in model.get("merges", [])]
+        vocab, merges = read
         if vocab_path.is_file() or not whole:
             lines = merges_path.read_text(encoding="utf-8").split("\n")
             vocab, merges = read_json(vocab_path), [*filter(None, lines[lines[0].startswith("#version"):])]
-        else:
-            vocab, merges = read
         tokens = added_tokens(whole, config, special, added)
         numbers = {token: said["id"] for token, said in tokens.items() if "id" in said}
         if whole and ({**read[0], **numbers}, read[1]) != ({**vocab, **numbers}, merges):
@@ -685,8 +650,7 @@ def spatial_transformer_shapes(c):
 
 def unet_shapes(cfg):
     channels, layers = cfg["block_out_channels"], cfg["layers_per_block"]
-    first, last, deepest = channels[0], len(channels) - 1, channels[-1]
-    time_dim = 4 * first
+    first, last, time_dim = channels[0], len(channels) - 1, 4 * channels[0]
     embedding = 2 * time_dim  # class_embeddings_concat: the time embedding and the projected CLAP vector
     shapes = {"time_embedding": {"linear_1": linear_shapes(first, time_dim),
                                  "linear_2": linear_shapes(time_dim, time_dim)},
@@ -703,9 +667,8 @@ def unet_shapes(cfg):
         if i < last:
             shapes[f"down_blocks.{i}.downsamplers.0.conv"] = conv_shapes(c, c, 3, 3)
             skips.append(c)
-    shapes["mid_block"] = {"resnets.0": resnet_shapes(deepest, deepest, embedding),
-                           "attentions.0": spatial_transformer_shapes(deepest),
-                           "resnets.1": resnet_shapes(deepest, deepest, embedding)}
+    resnet = resnet_shapes(c, c, embedding)
+    shapes["mid_block"] = {"resnets.0": resnet, "attentions.0": spatial_transformer_shapes(c), "resnets.1": resnet}
     for i, (o, kind) in enumerate(zip(reversed(channels), cfg["up_block_types"])):
         for j in range(layers + 1):
             shapes[f"up_blocks.{i}.resnets.{j}"] = resnet_shapes(c + skips.pop(), o, embedding)
@@ -778,13 +741,11 @@ def clap_audio_shapes(cfg):
 
 def clap_shapes(cfg):
     text, audio, out = cfg["text_config"], cfg["audio_config"], cfg["projection_dim"]
-
-    def projection(i):
-        return {"linear1": linear_shapes(i, out), "linear2": linear_shapes(out, out)}
-
+    second = linear_shapes(out, out)
     return {"logit_scale_a": (), "logit_scale_t": (), "text_model": clap_text_shapes(text),
-            "text_projection": projection(text["hidden_size"]),
-            "audio_model.audio_encoder": clap_audio_shapes(audio), "audio_projection": projection(audio["hidden_size"])}
+            "text_projection": {"linear1": linear_shapes(text["hidden_size"], out), "linear2": second},
+            "audio_model.audio_encoder": clap_audio_shapes(audio),
+            "audio_projection": {"linear1": linear_shapes(audio["hidden_size"], out), "linear2": second}}
 
 
 def vocoder_shapes(cfg):
@@ -809,28 +770,22 @@ def param_shapes(cfg):
 
 # -------------------------------------------------------------------------------------------------------------- files
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
 def shard_paths(folder, model):
     """The safetensors files of a model: one, or those that its index names; a variant's if there are no others."""
     folder, name = pathlib.Path(folder) / model, MODELS[model]
-    for variant in ("", ".fp16", ".bf16"):
-        path, index = folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json"
-        if os.path.isfile(path) or os.path.isfile(index):
-            break
-    else:
-        path, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+    ways = [(folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json")
+            for variant in ("", ".fp16", ".bf16")]
+    path, index = next((way for way in ways if any(map(os.path.isfile, way))), ways[0])
+    if not os.path.isfile(index):
         pickles = sorted(file.name for file in folder.glob("*.bin"))
-        if pickles:
+        if pickles and not os.path.isfile(path):
             raise InputError(f"weights: {path} is missing, and {pickles[0]} could run code when it is read; valid: "
                              "what diffusers' MusicLDMPipeline.from_pretrained(FOLDER).save_pretrained(NEW) writes")
-    if not os.path.isfile(index):
         return [path]
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     names = list(names.values()) if isinstance(names, dict) else []
-    if not names or not all(isinstance(name, str) and name and name == os.path.basename(name) for name in names):
+    if not names or not all(isinstance(name, str) and name and name == pathlib.PurePath(name).name for name in names):
         raise InputError(f"weights: {index} must hold a weight_map of tensor names to files beside it")
     return [path.with_name(name) for name in sorted(set(names))]
 
@@ -857,7 +812,7 @@ def stored_tensors(folder, model):
 
 
 def find_sources(shapes, stored, where):
-    """({parameter: the names that hold it in the file}, `mismatch`): one, or an old one, or two under weight norm."""
+    """{parameter: the names that hold it in the file, one, or an old one, or two under weight norm}, all checked."""
     sources, wanted = {}, {}
     for name, shape in shapes.items():
         ways = [(name,)]
@@ -868,15 +823,16 @@ def find_sources(shapes, stored, where):
         sources[name] = next((names for names in ways if stored.keys() >= set(names)), (name,))
         length = shape[:1] + (1,) * (len(shape) - 1)
         wanted |= zip(sources[name], (shape,) if len(sources[name]) == 1 else (length, shape))
-    return sources, mismatch(wanted, stored, where)
+    check_shapes(wanted, stored, where)
+    return sources
 
 
-def mismatch(shapes, stored, where):
-    """How `stored`, {name: array, or a text in place of one without floats}, differs from `shapes`: a text, or None."""
+def check_shapes(shapes, stored, where):
+    """Tell all that differs from `shapes` in `stored`, {name: array, or a text in place of one without floats}."""
     whole = next(iter(shapes))
     prefix = next((name.removesuffix(whole) for name in stored if name.endswith("." + whole)), None)
     if prefix and all(name.startswith(prefix) for name in stored):
-        return f"{where}: all names begin with {prefix!r}; valid: the same names without it"
+        raise InputError(f"{where}: all names begin with {prefix!r}; valid: the same names without it")
     problems = {"missing": [name for name in shapes if name not in stored],
                 "unexpected": [name for name in stored if name not in shapes]}
     stored = {name: stored[name] for name in shapes if name in stored}
@@ -884,24 +840,19 @@ def mismatch(shapes, stored, where):
     problems["of the wrong shape"] = [f"{name} {x.shape} instead of {shapes[name]}" for name, x in stored.items()
                                       if not isinstance(x, str) and x.shape != shapes[name]]
     found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
-    return f"{where}: {'; '.join(found)}" if found else None
+    if found:
+        raise InputError(f"{where}: {'; '.join(found)}")
 
 
 def check_weights(cfg):
-    """Compare every file's tensors with `param_shapes` before anything is read; all that is wrong is told at once.
-
-    -> {model: (`stored_tensors`, `find_sources`)}
-    """
+    """{model: (`stored_tensors`, `find_sources`)}, nothing read yet; all that is wrong in the files is told at once."""
     checked, problems = {}, []
     for model, shapes in param_shapes(cfg).items():
         try:
             stored = stored_tensors(cfg["weights"], model)
+            checked[model] = stored, find_sources(shapes, stored, pathlib.Path(cfg["weights"]) / model)
         except InputError as error:
             problems.append(str(error).removeprefix("weights: "))
-            continue
-        sources, problem = find_sources(shapes, stored, pathlib.Path(cfg["weights"]) / model)
-        checked[model] = stored, sources
-        problems += [problem] if problem else []
     if problems:
         raise InputError(f"weights: {'; '.join(problems)}")
     return checked
@@ -918,12 +869,6 @@ def fold_weight_norm(g, v):
     """weight = g * v / |v|, the length taken over all axes but the first (Salimans & Kingma, 2016, equation 2)."""
     length = np.sqrt(np.sum(v.astype(np.float64) ** 2, axis=tuple(range(1, v.ndim)), keepdims=True))
     return (g * (v / length)).astype(np.float32)
-
-
-def read_parameter(name, stored, sources):
-    """One parameter, float32."""
-    arrays = [as_float32(stored[source]) for source in sources[name]]
-    return arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
 
 
 # --------------------------------------------------------------------------------------------------------------- tree
@@ -962,8 +907,7 @@ def random_arrays(shapes, rng):
 
 # ---------------------------------------------------------------------------------------------------------- computing
 
-# MindSpore's compiler and executor are one a process: two threads inside at once get wrong numbers. No result depends
-# on this lock.
+# MindSpore's compiler and executor are one a process: two threads inside at once get wrong numbers.
 LOCK = threading.RLock()
 
 
@@ -982,8 +926,7 @@ def one_at_a_time(function):
     @functools.wraps(function)
     def call(*given, **named):
         if len(given) > 1 and isinstance(given[1], dict) and given[1].keys() & MODELS.keys():
-            places = [name for name, x in inspect.signature(function).parameters.items() if x.kind != x.KEYWORD_ONLY]
-            name = function.__name__
+            name, places = function.__name__, inspect.getfullargspec(function).args
             raise InputError(f"{name} got the parameters second; valid: {name}({', '.join(places)})")
         if computing_process() != os.getpid():
             raise InputError("this process was forked from one that had computed with MindSpore; valid: to fork before "
@@ -1016,10 +959,7 @@ def set_up_ascend(hf32):
 
 
 def use_device(cfg):
-    """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU".
-
-    Raises InputError if MindSpore has no such device here, or has computed on another one before.
-    """
+    """Point MindSpore at cfg["device"] and return its name: "Ascend", "CPU" or "GPU"; an InputError if it cannot."""
     current = mindspore.get_context("device_target")
     device = current if cfg["device"] == "auto" else cfg["device"]
     number = os.environ.get("DEVICE_ID")  # msrun gives each process its own
@@ -1068,9 +1008,9 @@ def parameter(array, cfg):
 
     A compiled function would copy it there at every call (graph_scheduler, PrepareDataForHostTensorQueue).
     """
+    device, dtype = use_device(cfg), tensor_dtype(cfg)
     tensor = Tensor.from_numpy(np.asarray(array, order="C"))  # shares the memory: may stay mapped from the file
-    dtype = tensor_dtype(cfg)
-    if use_device(cfg) == "Ascend":
+    if device == "Ascend":
         return tensor.to("Ascend", dtype=dtype)
     if dtype != tensor.dtype:
         return one_at_a_time(tensor.astype)(dtype)
@@ -1105,7 +1045,6 @@ def in_own_memory(array):
 
 def random_params(cfg, seed):
     """A parameter tree of cfg's architecture with random values: the shapes and the cost of the real one, no music."""
-    use_device(cfg)
     rng = np.random.default_rng(seed)
     return {model: nest({name: parameter(array, cfg) for name, array in random_arrays(shapes, rng)})
             for model, shapes in param_shapes(cfg).items()}
@@ -1114,10 +1053,9 @@ def random_params(cfg, seed):
 def load_params(cfg):
     """{model: nested dict of Tensors} from the folder cfg["weights"], or `random_params` with seed 0 for "random".
 
-    Tensors may stay mapped from the files: leave those unchanged while the parameters are in use.
-    Points MindSpore at cfg["device"] for the rest of the process.
-    Raises InputError if a file is missing, cut or unreadable, or if a tensor is missing, unexpected, of another shape
-    or type than the configuration asks for, or not finite.
+    Tensors may stay mapped from the files: leave those unchanged while the parameters are in use. Points MindSpore at
+    cfg["device"] for the rest of the process. Raises InputError if a file is missing, cut or unreadable, or if a tensor
+    is missing, unexpected, of another shape or type than the configuration asks for, or not finite.
     """
     if cfg["weights"] == RANDOM:
         return random_params(cfg, seed=0)
@@ -1128,7 +1066,8 @@ def load_params(cfg):
             stored, sources = checked.pop(model)  # so that no file stays mapped of which nothing is shared
 
             def load(name):
-                array = read_parameter(name, stored, sources)
+                arrays = [as_float32(stored[source]) for source in sources[name]]
+                array = arrays[0] if len(arrays) == 1 else fold_weight_norm(*arrays)
                 if not np.isfinite(array).all():
                     broken.append(f"{pathlib.Path(cfg['weights']) / model}: {name}")
                 return array
@@ -1167,11 +1106,10 @@ def config_files(cfg):
     for model in MODELS:
         library, name = CLASSES[model]
         files[CONFIG_FILES[model]] |= {"_class_name": name} if library == "diffusers" else {"architectures": [name]}
-    longest = text["text_config"]["max_position_embeddings"] - text["text_config"]["pad_token_id"] - 1
     index = {"_class_name": "MusicLDMPipeline", **CLASSES, "scheduler": ("diffusers", scheduler)}
     return {**files, "model_index.json": index,
             "tokenizer/tokenizer_config.json": {"tokenizer_class": CLASSES["tokenizer"][1],
-                                                "model_max_length": longest}}
+                                                "model_max_length": load_vocabulary(cfg)[3]}}
 
 
 def clap_buffers(cfg):
@@ -1186,19 +1124,14 @@ def clap_buffers(cfg):
 
 
 def checked_tree(cfg, params, may_be_prepared=False):
-    """A tree of cfg's architecture as {"model.name": Tensor}; an InputError tells all that is wrong with it.
-
-    may_be_prepared: whether the kernels of the UNet may be layers.prepared_weight's
-    """
+    """A tree as {"model.name": Tensor}, checked against cfg; may_be_prepared: its UNet, by layers.prepared_weight."""
     shapes = flatten(param_shapes(cfg))
     flat = {name: x if isinstance(x, Tensor) and x.is_floating_point()
             else f"{type(x).__name__} {getattr(x, 'dtype', '')}".strip() for name, x in flatten(params).items()}
     for name in [name for name in shapes if may_be_prepared and name.startswith("unet.") and len(shapes[name]) == 4]:
         if getattr(flat.get(name), "shape", None) in layers.prepared_shapes(shapes[name]):
             shapes[name] = flat[name].shape
-    problem = mismatch(shapes, flat, "params")
-    if problem:
-        raise InputError(problem)
+    check_shapes(shapes, flat, "params")
     return flat
 
 
@@ -1238,9 +1171,8 @@ def save_params(cfg, params, folder, dtype="float32", vocabulary=None):
             contents["model_index.json"]["tokenizer"] = ("transformers", "RobertaTokenizerFast")
         texts = {**{name: json.dumps(content, indent=2) for name, content in contents.items()}, **tokenizer}
         part.mkdir()
-        for name in CLASSES:
-            (part / name).mkdir()
         for name, text in texts.items():
+            (part / name).parent.mkdir(exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")
         for model, name in MODELS.items():
             data = safetensors.numpy.save(arrays[model], {"format": "pt"})  # transformers refuses a file without

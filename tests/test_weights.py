@@ -397,6 +397,15 @@ def test_everything_wrong_is_listed_at_once(checkpoint):
         load(checkpoint)
 
 
+def test_a_changed_configuration_changes_no_later_one(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("sampling: {seed: 3}")
+    cfg = weights.load_config(path, "random")
+    cfg["unet"]["block_out_channels"][0], cfg["vae"]["layers_per_block"] = 7, 7
+    assert weights.load_config(path, "random")["unet"]["block_out_channels"] == [128, 256, 384, 640]
+    assert weights.load_config(path, "random")["vae"]["layers_per_block"] == 2
+
+
 def test_checkpoint_config_is_below_overrides_and_above_the_file(checkpoint):
     cfg = musicldm.load_config(musicldm.DEFAULT_CONFIG, checkpoint, ["vae.scaling_factor=1.5e5"])
     assert cfg["vae"]["scaling_factor"] == 150000.0 and cfg["vae"]["layers_per_block"] == 1
