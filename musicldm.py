@@ -845,9 +845,9 @@ def checked_init_audio(cfg, audio, sampling):
         raise InputError(f"audio_length_in_s is {length:.9g}, and init_audio has {len(waveform) / rate:.9g} s; valid: "
                          "up to that; extend makes it longer")
     if length is None and not shortest <= len(waveform) / rate <= longest:
-        valid = (f"{shortest:g} s or more" if len(waveform) / rate < shortest else
-                 f"up to {longest} s, or audio_length_in_s for how much of it is taken")
-        raise InputError(f"init_audio has {len(waveform) / rate:g} s; valid: {valid}")
+        short = f"{len(waveform) / rate:g} s; valid: {shortest:g} s or more"
+        long = f"more than {longest} s; valid: audio_length_in_s for how much of it is taken"
+        raise InputError(f"init_audio has {short if len(waveform) / rate < shortest else long}")
     length = len(waveform) / rate if length is None else length
     strength = sampling["strength"] or (1.0 if repaint else 0.6 if extend else 0.5)
     if int(sampling["num_inference_steps"] * strength) == 0:
@@ -1693,6 +1693,8 @@ def produce(plan, params, quiet):
         for place, i in enumerate(order):
             row = rows[i if plan.named_by_seed else place]  # whose name the file gets: of its seed, or of its place
             path = plan.paths[row]
+            if not {path, *(drawn[row] for drawn in plan.pictures)} & {*missing}:
+                continue
             files[path] = audio_bytes(audio[i], rate, path.suffix)
             for drawn in plan.pictures:
                 files[drawn[row]] = spectrogram_bytes(log_mel(cfg["vocoder"], audio[i]), seconds)

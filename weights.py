@@ -210,7 +210,7 @@ def unreadable(path, error):
 
 
 def check_index(folder):
-    """The scheduler's class in model_index.json, or None; refused if it is no MusicLDM's, or of other classes."""
+    """The scheduler's class in model_index.json, or None. Refuses another pipeline's index, and other classes."""
     path = pathlib.Path(folder) / "model_index.json"
     index = read_json(path) if path.is_file() else {}
     kind = index.get("_class_name", "MusicLDMPipeline") if isinstance(index, dict) else index
@@ -812,7 +812,7 @@ def stored_tensors(folder, model):
 
 
 def find_sources(shapes, stored, where):
-    """{parameter: the names that hold it in the file, one, or an old one, or two under weight norm}, all checked."""
+    """{parameter: the names that hold it in the file: its own, an old one, or two under weight norm}, all checked."""
     sources, wanted = {}, {}
     for name, shape in shapes.items():
         ways = [(name,)]
@@ -828,7 +828,7 @@ def find_sources(shapes, stored, where):
 
 
 def check_shapes(shapes, stored, where):
-    """Tell all that differs from `shapes` in `stored`, {name: array, or a text in place of one without floats}."""
+    """An InputError with all that differs from `shapes` in `stored`, {name: array, or a text if it holds no floats}."""
     whole = next(iter(shapes))
     prefix = next((name.removesuffix(whole) for name in stored if name.endswith("." + whole)), None)
     if prefix and all(name.startswith(prefix) for name in stored):

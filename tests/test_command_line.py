@@ -195,7 +195,7 @@ def test_standard_output_may_lack_a_files_letters(monkeypatch):
     assert "\\u97f3\u00e9_1.wav  0.32 s" in lines and "\\u97f3\u00e9_2.wav  0.32 s" in lines
 
 
-def test_a_prompts_file_names_files_by_line_and_seed_and_resumes():
+def test_a_prompts_file_names_files_by_line_and_seed_and_resumes(capsys):
     pathlib.Path("p").write_bytes(LINES)
     assert musicldm.main(FROM_FILE) == 0
     assert files() == ["p", *NAMES]
@@ -209,7 +209,11 @@ def test_a_prompts_file_names_files_by_line_and_seed_and_resumes():
         os.utime(name, (1000, 1000))
     for name in missing:
         os.remove(name)
-    assert musicldm.main([*FROM_FILE, "--batch", "4", "--resume"]) == 0  # one batch, which lacks two
+    capsys.readouterr()
+    again = [argument for argument in FROM_FILE if argument != "--quiet"]
+    assert musicldm.main([*again, "--batch", "4", "--resume"]) == 0  # one batch, which lacks two
+    told = capsys.readouterr().out
+    assert [name for name in NAMES if name in told] == missing
     assert all(pathlib.Path(name).read_text() == "old" and os.stat(name).st_mtime == 1000 for name in kept)
     for name in missing:
         assert_same(name, alone[name], 2e-4)  # the bar of waveforms: a batch's other sizes round otherwise

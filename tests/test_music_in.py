@@ -217,6 +217,7 @@ def test_what_is_clipped_or_does_nothing_is_told(music, capsys):
     ({"strength": 0.4}, "strength 0.4 leaves none of 2 steps; valid: more steps, or a strength from 0.5 to 1"),
     ({"init_audio": np.zeros(5120)}, "init_audio is silent"),
     ({"init_audio": MUSIC[:100]}, "init_audio has 0.00625 s; valid: 0.04 s or more"),
+    ({"init_audio": (np.ones(700 * 1000), 1000)}, "init_audio has more than 600 s; valid: audio_length_in_s"),
     ({"init_audio": "no.wav"}, "init_audio: cannot read"),
     ({"init_audio": np.full(5120, np.nan)}, "init_audio: audio holds NaN"),
     ({"init_audio": MUSIC, "audio_length_in_s": 700}, "valid: 0.04 to 600"),
