@@ -886,7 +886,7 @@ def share_of_new(samples, rate, parts, loop):
         first, last = round(start * rate), round(end * rate)
         if not 0 <= first < samples or not 0 < last <= samples or (last <= first and not loop) or first == last:
             raise InputError(f"repaint has the part {start:g}:{end:g}; valid: start and end within the clip's "
-                             f"{samples / rate:g} s, the start first by a sample or more, or in a loop across its "
+                             f"{samples / rate:g} s, the start first by a sample or more, or with loop across the "
                              "seam, such as 6:1")
         place = np.arange(first, last if last > first else last + samples)
         up = np.ones(len(place)) if first == 0 and not loop else (np.arange(len(place)) + 1) / (ramp + 1)
@@ -1452,8 +1452,8 @@ SHORTCUTS = {
     "--waveforms": ("sampling.num_waveforms_per_prompt", "N", "takes of each prompt, from the most like it (by CLAP's "
                                                               "score, up to 1) to the least"),
     "--audio-prompt-weight": ("sampling.audio_prompt_weight", "W", "share of --audio-prompt beside a text, 0 to 1"),
-    "--strength": ("sampling.strength", "S", "how much of --init-audio is new, 0.001 to 1 (default 0.5, with "
-                                         "--extend 0.6, with --repaint 1)"),
+    "--strength": ("sampling.strength", "S", "how far new music departs from --init-audio, 1 / steps to 1: all of "
+                                         "it (default 0.5), what --extend adds (0.6), --repaint's parts (1)"),
     "--extend": ("sampling.extend", "S", "seconds to add to --init-audio, at its end, or if negative before its start"),
     "--device": ("device", "NAME", "auto, Ascend, CPU or GPU; auto is MindSpore's choice, which the first line says"),
     "--dtype": ("dtype", "NAME", "float32, float16, bfloat16 or hf32"),
@@ -1735,7 +1735,8 @@ def run(argv, keep_graphs):
     weights = min(cfg["weights"], os.path.relpath(cfg["weights"]), key=len)
     say(f"weights {weights}, device {checkpoints.device_in_words(cfg)}, {cfg['dtype']}; {seconds:g} s, "
         f"{sampling['scheduler']}, {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}, "
-        f"eta {sampling['eta']:g}, seed {sampling['seed']}")
+        f"eta {sampling['eta']:g}, seed {sampling['seed']}"
+        + ("" if plan.original is None else f", strength {sampling['strength']:g}"))
     if cfg["weights"] == checkpoints.RANDOM:
         say("the weights are random: the result is noise, not music")
     written = 0
