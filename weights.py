@@ -161,10 +161,13 @@ def find_weights(weights, quiet=False):
         if quiet and bars:
             utils.disable_progress_bars()
         folder = snapshot_download(weights, allow_patterns=files + sum(whole.values(), []))
+        check_index(folder)  # no second search in a folder that is not of this kind
         left = [model for model in MODELS if not any(pathlib.Path(folder, model).glob("*.safetensors"))]
         if left:
             folder = snapshot_download(weights, allow_patterns=files + sum(map(halves.get, left), []))
         return folder
+    except InputError:
+        raise
     except Exception as error:  # the hub client has many error types; each means that the files could not be had
         raise InputError(f"weights: cannot fetch {weights!r}: {one_line(error)}") from error
     finally:
@@ -236,7 +239,7 @@ def read_config_files(folder):
     files = {section: read_json(path) for section, path in paths.items()}
     path, stated = paths["schedule"], files["schedule"]
     scheduler = scheduler or (isinstance(stated, dict) and stated.get("_class_name")) or CLASSES["scheduler"][1]
-    if scheduler not in [*SCHEDULER_NAMES]:
+    if scheduler not in [*SCHEDULER_NAMES]:  # not in the dict: what a file states may have no hash
         raise InputError(f"weights: {path}: _class_name is {scheduler!r}; implemented: {', '.join(SCHEDULER_NAMES)}")
     files = {section: with_defaults(section if section != "schedule" else scheduler, stated, paths[section])
              for section, stated in files.items()}

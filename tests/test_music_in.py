@@ -117,12 +117,14 @@ def test_extension_with_little_strength_is_a_repetition(seconds, params):
             known = np.concatenate((heard[-2560:], repeated))[::ahead]
             latents = musicldm.encode_latents(cfg, known, params)
             back = musicldm.vocode(cfg, musicldm.decode_latents(cfg, latents, params), params)[0, :5120][::ahead]
+            calls = []
             audio, = musicldm.generate(cfg, "a", params, num_inference_steps=steps, init_audio=MUSIC, strength=strength,
-                                       extend=seconds * (i + 1) / 3)
+                                       extend=seconds * (i + 1) / 3, callback=lambda i, *_: calls.append(i))
             heard = audio[::ahead]
             new, wanted = (x[FADE:-FADE] for x in (heard[-2560:], back[2560:]))
             errors.append((new - wanted).std() / wanted.std())
-    assert max(errors[:3]) < 0.3 and min(errors[3:]) > 0.6
+            assert calls == list(range((i + 1) * round(steps * strength)))
+    assert max(errors[:3]) < 0.2 and min(errors[3:]) > 0.8
 
 
 def test_a_long_piece_goes_on_from_its_end(params):
