@@ -170,22 +170,27 @@ def test_lambda_is_beta_and_downbeats_leave_enough():
 
 # ---------------------------------------------------------------------------------------------------------- optimizer
 
-def test_steps_are_those_of_adamw():
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_are_those_of_adamw(shared, monkeypatch):
     """Against Loshchilov & Hutter's algorithm 2 in float64, with warm-up, halving, clipping and averaged weights."""
     rng = np.random.default_rng(0)
-    flat = {name: rng.standard_normal((5, 3)).astype(np.float32) for name in ("a.weight", "b.weight")}
+    flat = {name: np.float32(rng.standard_normal(shape)) for name, shape in (("a", (5, 3)), ("b", 15), ("c", ()))}
     network, x = train.make_network(flat), rng.standard_normal((5, 3)).astype(np.float32)
-    first, second = network.leaves
+    first, second, scale = network.leaves
+    if not shared:  # as elsewhere than on a CPU
+        monkeypatch.setattr(musicldm.layers, "on_cpu", lambda: False)
+        for leaf, array in zip(network.leaves, flat.values()):
+            leaf.set_data(Tensor(array.copy()))
     settings = {"weight_decay": 0.1, "clip": 2.0, "warmup": 3, "halving": 2, "ema": 0.9}
 
     def loss(x):
-        return (first * x).sum() ** 2 + (second * x).sum() ** 2
+        return (first * x).sum() ** 2 + (second * x.reshape(-1)).sum() ** 2 + scale * scale
 
     step = train.make_step(loss, network, settings, 1)
-    w = np.stack([*flat.values()]).astype(np.float64)
-    m, v, average = np.zeros_like(w), np.zeros_like(w), w
+    w = np.concatenate([array.ravel() for array in flat.values()]).astype(np.float64)
+    m, v, average, seen = np.zeros_like(w), np.zeros_like(w), w, x.ravel().astype(np.float64)
     for n in range(1, 7):
-        g = 2 * (w * x).sum((1, 2), keepdims=True) * x.astype(np.float64)
+        g = 2 * np.concatenate([w[:15] @ seen * seen, w[15:30] @ seen * seen, w[30:]])
         norm = np.linalg.norm(g)
         g, rate, ema = g * min(1, 2 / norm), 0.01 * min(1, n / 3) / 2 ** ((n - 1) / 2), min(0.9, n / (9 + n))
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
@@ -194,8 +199,8 @@ def test_steps_are_those_of_adamw():
         _, found = step(*train.schedule(settings, n - 1, 0.01), Tensor(x))
         assert float(found.asnumpy()) == pytest.approx(norm, rel=1e-5)
     for name, wanted in (("weights", w), ("average", average), ("first", m), ("second", v)):
-        assert relative_error(train.vectors(network)[name], wanted.ravel()) < 2e-6, name
-    assert relative_error(np.stack([leaf.asnumpy() for leaf in network.leaves]), w) < 2e-6
+        assert relative_error(train.vectors(network)[name], wanted) < 2e-6, name
+    assert relative_error(np.concatenate([leaf.asnumpy().ravel() for leaf in network.leaves]), w) < 2e-6
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

@@ -82,10 +82,11 @@ def make_network(flat):
     """A network to train: {name: array} becomes a tree of Parameters, and the vectors that AdamW and EMA work on."""
     leaves = [Parameter(Tensor(array), name=name) for name, array in flat.items()]
     vector = np.concatenate([array.ravel() for array in flat.values()])
-    state = dict(zip(STATE, (vector, np.zeros_like(vector), np.zeros_like(vector), vector)))
-    return types.SimpleNamespace(
+    network = types.SimpleNamespace(
         tree=checkpoints.nest(dict(zip(flat, leaves))), leaves=leaves, shapes={k: v.shape for k, v in flat.items()},
-        state={name: Parameter(Tensor(array.copy()), name=f"state.{name}") for name, array in state.items()})
+        state={name: Parameter(Tensor(vector), name=f"state.{name}") for name in STATE})
+    restore(network, dict(zip(STATE, (vector, np.zeros_like(vector), np.zeros_like(vector), vector))))
+    return network
 
 
 def vectors(network):
@@ -94,11 +95,12 @@ def vectors(network):
 
 
 def restore(network, state):
-    """Put `vectors` back."""
-    for name, x in network.state.items():
-        x.set_data(Tensor(state[name]))
-    for leaf, array in zip(network.leaves, split(network, state["weights"]).values()):
-        leaf.set_data(Tensor(array))
+    """Put `vectors` back. On a CPU the leaves then are parts of the memory of the vector of weights."""
+    arrays = {name: state[name].copy() for name in STATE}
+    for name, array in arrays.items():
+        network.state[name].set_data(Tensor.from_numpy(array))
+    for leaf, part in zip(network.leaves, split(network, arrays["weights"]).values()):
+        leaf.set_data(Tensor.from_numpy(part))
 
 
 def split(network, vector):
@@ -109,8 +111,9 @@ def split(network, vector):
 
 
 def make_update(network, settings, processes):
-    """update(grads, rate, average_decay, power1, power2): one step of AdamW (Loshchilov & Hutter, 2017, algorithm 2)
-    and of the average of the weights, in a graph; returns the gradients' norm. The powers are the betas' at this step.
+    """update(value, grads, rate, average_decay, power1, power2): one step of AdamW (Loshchilov & Hutter, 2017,
+    algorithm 2) and of the average of the weights, in a graph, after a loss of some value; returns the gradients' norm.
+    The powers are the betas' at this step.
 
     The gradients are one vector: its norm, a collective over processes and AdamW then are a few operators, not
     hundreds.
@@ -120,7 +123,7 @@ def make_update(network, settings, processes):
     begins = tuple(int(begin) for begin in np.cumsum([0, *sizes])[:-1])
     (beta1, beta2), decay, clip = BETAS, settings["weight_decay"], settings["clip"]
     weights, first, second, averages = (state[name] for name in STATE)
-    reduce = ops.AllReduce() if processes > 1 else None
+    reduce, shared = ops.AllReduce() if processes > 1 else None, musicldm.layers.on_cpu()
     adam = ops.Adam()  # in place, where arithmetic would need a vector more for each of its steps
     each = ops.HyperMap()  # a loop over hundreds of tensors is deeper than a graph may be
 
@@ -130,16 +133,18 @@ def make_update(network, settings, processes):
     def put(leaf, begin, size):
         return ops.assign(leaf, ops.Reshape()(ops.Slice()(weights, (begin,), (size,)), leaf.shape))
 
-    def update(grads, rate, average_decay, power1, power2):
+    def update(value, grads, rate, average_decay, power1, power2):
         g = ops.Concat(0)(each(flattened, grads))
         if reduce is not None:
             g = reduce(g) * (1 / processes)
         norm = ops.sqrt(ops.MatMul()(g.reshape(1, -1), g.reshape(-1, 1)).reshape(()))
         g = g * ops.minimum(clip / (norm + 1e-6), Tensor(1.0, g.dtype))
-        ops.assign(weights, weights * (1 - rate * decay))
+        # not before all that reads the leaves is through, as they may share the memory of the weights
+        ops.assign(weights, ops.Depend()(weights, (value, g)) * (1 - rate * decay))
         adam(weights, first, second, power1, power2, rate, beta1, beta2, EPSILON, g)
         ops.assign(averages, averages + (1 - average_decay) * (weights - averages))
-        each(put, leaves, begins, sizes)
+        if not shared:
+            each(put, leaves, begins, sizes)
         return norm
 
     return update
@@ -629,7 +634,7 @@ def make_step(loss, network, settings, processes):
     @mindspore.jit
     def step(rate, average_decay, power1, power2, *batch):  # a tuple of them would be a constant
         value, grads = value_and_grad(*batch)
-        norm = update(grads, rate, average_decay, power1, power2)
+        norm = update(value, grads, rate, average_decay, power1, power2)
         if reduce is not None:
             value = reduce(value) * (1 / processes)
         return value, norm
