@@ -38,15 +38,17 @@ def kl_divergence(mean, log_variance):
 # ------------------------------------------------------------------------------------------------------- spectrograms
 
 @constexpr
-def stft_basis(size, hop, bands, rate):
-    """Cosines and sines under a Hann window (columns, 2 * bins), in whole hops, and mel filters (bins, bands)."""
-    n = np.arange(size)
-    angles = 2 * np.pi * n[:, None] * np.arange(size // 2 + 1) / size
-    hann = np.hanning(size + 1)[:-1, None]
-    basis = np.concatenate([np.cos(angles) * hann, -np.sin(angles) * hann], axis=1)
-    basis = np.pad(basis, ((0, -size % hop), (0, 0)))
+def stft_basis(size, bands, rate):
+    """Cosines and sines under a Hann window (size / 2, bins) and mel filters (bins, bands).
+
+    Sample 0 of a window counts nothing, and n and size - n as much: their sum is for a cosine, their difference for a
+    sine.
+    """
+    n = np.arange(1, size // 2 + 1)[:, None]
+    angles, hann = 2 * np.pi * n * np.arange(size // 2 + 1) / size, np.hanning(size + 1)[n]
+    hann[-1] /= 2  # the middle is added to itself
     filters = musicldm.mel_filters(rate, size, 0, rate / 2, bands)
-    return Tensor(basis.astype(np.float32)), Tensor(filters.astype(np.float32))
+    return tuple(Tensor(x.astype(np.float32)) for x in (np.cos(angles) * hann, np.sin(angles) * hann, filters))
 
 
 def log_mel(x, size, hop, bands, rate):
@@ -54,11 +56,12 @@ def log_mel(x, size, hop, bands, rate):
 
     hop must divide samples.
     """
-    basis, filters = stft_basis(size, hop, bands, rate)
-    n, hops, overlap = x.shape[0], x.shape[1] // hop, basis.shape[0] // hop
+    cosines, sines, filters = stft_basis(size, bands, rate)
+    n, hops, overlap = x.shape[0], x.shape[1] // hop, -(-size // hop)
     rows = x.reshape(n, hops, hop)
-    frames = ops.Concat(2)([rows[:, i:hops - overlap + 1 + i] for i in range(overlap)])
-    real, imaginary = ops.Split(-1, 2)(ops.MatMul()(frames.reshape(-1, overlap * hop), basis))
+    frames = ops.Concat(2)([rows[:, i:hops - overlap + 1 + i] for i in range(overlap)]).reshape(-1, overlap * hop)
+    rising, falling = frames[:, 1:size // 2 + 1], ops.ReverseV2((1,))(frames[:, size // 2:size])
+    real, imaginary = ops.MatMul()(rising + falling, cosines), ops.MatMul()(rising - falling, sines)
     magnitudes = ops.sqrt(real * real + imaginary * imaginary + 1e-9)
     return ops.log(ops.maximum(ops.MatMul()(magnitudes, filters), Tensor(1e-5, magnitudes.dtype)))
 
