@@ -41,8 +41,8 @@ def kl_divergence(mean, log_variance):
 def stft_basis(size, bands, rate):
     """Cosines and sines under a Hann window (size / 2, bins) and mel filters (bins, bands).
 
-    Sample 0 of a window counts nothing, and n and size - n as much: their sum is for a cosine, their difference for a
-    sine.
+    The window is 0 at sample 0, and the same at n and size - n: a cosine takes the sum of these two, a sine their
+    difference.
     """
     n = np.arange(1, size // 2 + 1)[:, None]
     angles, hann = 2 * np.pi * n * np.arange(size // 2 + 1) / size, np.hanning(size + 1)[n]
