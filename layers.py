@@ -25,6 +25,7 @@ from mindspore import Tensor, bfloat16, float32, int32, nn, ops
 from mindspore.ops import constexpr
 
 BLOCK = 2 ** 25  # numbers in the largest temporary: more attention scores or taps than this are computed by blocks
+FEW = 4  # input channels from which on a CPU convolves faster our way than its own
 
 
 @constexpr
@@ -314,7 +315,7 @@ def group_norm(x, p, groups, eps):
     In rows throughout: MindSpore frees the memory of what is reshaped late, and a VAE would take twice as much.
     """
     shape, y = x.shape, in_rows(ops.Cast()(x, float32))
-    y = y - at_positions(group_means(y, shape, groups), shape)
+    y = y + at_positions(0 - group_means(y, shape, groups), shape)  # the gradient of a difference negates (P, C)
     y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
     return ops.Reshape()(add_bias(ops.Cast()(y, x.dtype), p["bias"]), shape)
 
@@ -467,6 +468,8 @@ def way_to_convolve(shape, dtype, geometry):
         return native_convolution
     if len(shape) < 4:
         return fast_convolution if len(shape) == 3 else gathered_convolution
+    if shape[1] < FEW and dtype == float32:
+        return native_convolution
     _, _, _, kernel, stride, *_ = geometry
     return fast_from_checkpoint if max(kernel) <= 16 and is_fast(dtype, stride) else gathered_from_checkpoint
 

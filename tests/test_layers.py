@@ -50,6 +50,7 @@ def bar(way, *kernel):
 def way(request, monkeypatch):
     """Convolutions go this way, but that one with a stride is never "fast"."""
     fast_weight = layers.fast_weight
+    monkeypatch.setattr(layers, "FEW", 0)
     if request.param == "native":
         monkeypatch.setattr(layers.mindspore, "get_context", lambda name: "Ascend")
     if request.param == "gathered":
@@ -112,12 +113,24 @@ def test_products_in_bfloat16_are_not_for_the_fast_way(mode, flags, exact, monke
     if mode:
         monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
     monkeypatch.setattr(layers, "fast_convolution", None)
-    x, weight, bias = normal(1, 4, 4, 3), normal(5, 3, 3, 3), normal(5)
+    x, weight, bias = normal(1, 4, 4, 4), normal(5, 4, 3, 3), normal(5)
     if exact:
         with pytest.raises(TypeError):
             convolved(x, weight, bias)
     else:
         assert relative_error(convolved(x, weight, bias), correlate2d(x, weight, bias)) < bar("gathered", 3, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_few_channels(channels, monkeypatch, normal):
+    """They take the native way on a CPU too, and it alone."""
+    monkeypatch.setattr(layers, "fast_convolution", None)
+    x, weight, bias = normal(2, 5, 4, channels), normal(5, channels, 3, 3), normal(5)
+    if channels == 4:
+        with pytest.raises(TypeError):
+            convolved(x, weight, bias)
+    else:
+        assert relative_error(convolved(x, weight, bias), correlate2d(x, weight, bias)) < bar("native", 3, 3)
 
 
 @pytest.mark.parametrize("kernel, outputs, products", [

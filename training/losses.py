@@ -38,8 +38,9 @@ def kl_divergence(mean, log_variance):
 # ------------------------------------------------------------------------------------------------------- spectrograms
 
 @constexpr
-def stft_basis(size, bands, rate):
-    """Cosines and sines under a Hann window (size / 2, bins) and mel filters (bins, bands).
+def stft_basis(size, hop, bands, rate):
+    """Cosines and sines under a Hann window (size / 2, bins), mel filters (bins, bands), and what turns a hop around,
+    (hop, hop).
 
     The window is 0 at sample 0, and the same at n and size - n: a cosine takes the sum of these two, a sine their
     difference.
@@ -48,7 +49,8 @@ def stft_basis(size, bands, rate):
     angles, hann = 2 * np.pi * n * np.arange(size // 2 + 1) / size, np.hanning(size + 1)[n]
     hann[-1] /= 2  # the middle is added to itself
     filters = musicldm.mel_filters(rate, size, 0, rate / 2, bands)
-    return tuple(Tensor(x.astype(np.float32)) for x in (np.cos(angles) * hann, np.sin(angles) * hann, filters))
+    return tuple(Tensor(x.astype(np.float32)) for x in (np.cos(angles) * hann, np.sin(angles) * hann, filters,
+                                                        np.eye(hop)[::-1]))
 
 
 def log_mel(x, size, hop, bands, rate):
@@ -56,11 +58,15 @@ def log_mel(x, size, hop, bands, rate):
 
     hop must divide samples.
     """
-    cosines, sines, filters = stft_basis(size, bands, rate)
-    n, hops, overlap = x.shape[0], x.shape[1] // hop, -(-size // hop)
-    rows = x.reshape(n, hops, hop)
-    frames = ops.Concat(2)([rows[:, i:hops - overlap + 1 + i] for i in range(overlap)]).reshape(-1, overlap * hop)
-    rising, falling = frames[:, 1:size // 2 + 1], ops.ReverseV2((1,))(frames[:, size // 2:size])
+    cosines, sines, filters, turn = stft_basis(size, hop, bands, rate)
+    n, hops, last = x.shape[0], x.shape[1] // hop, -(-size // hop) - 1
+    rest = (last + 1) * hop - size  # of a frame's hops, behind its window
+    count = (rest + size // 2) // hop + 1  # hops of half a window
+    forth = x.reshape(n, hops, hop)
+    back = ops.MatMul()(x.reshape(-1, hop), turn).reshape(n, hops, hop)
+    forth = ops.Concat(2)([forth[:, i:hops - last + i] for i in range(count)]).reshape(-1, count * hop)
+    back = ops.Concat(2)([back[:, last - i:hops - i] for i in range(count)]).reshape(-1, count * hop)
+    rising, falling = forth[:, 1:size // 2 + 1], back[:, rest:rest + size // 2]
     real, imaginary = ops.MatMul()(rising + falling, cosines), ops.MatMul()(rising - falling, sines)
     magnitudes = ops.sqrt(real * real + imaginary * imaginary + 1e-9)
     return ops.log(ops.maximum(ops.MatMul()(magnitudes, filters), Tensor(1e-5, magnitudes.dtype)))
