@@ -315,7 +315,7 @@ def group_norm(x, p, groups, eps):
     In rows throughout: MindSpore frees the memory of what is reshaped late, and a VAE would take twice as much.
     """
     shape, y = x.shape, in_rows(ops.Cast()(x, float32))
-    y = y + at_positions(0 - group_means(y, shape, groups), shape)  # the gradient of a difference negates (P, C)
+    y = y + at_positions(group_means(y, shape, groups) * -1, shape)  # the gradient of a difference negates (P, C)
     y = y * at_positions(p["weight"] * ops.rsqrt(group_means(y * y, shape, groups) + eps), shape)
     return ops.Reshape()(add_bias(ops.Cast()(y, x.dtype), p["bias"]), shape)
 

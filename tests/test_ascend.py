@@ -373,7 +373,7 @@ def test_means_and_repetitions_are_no_matrix_products(ascend):
         p, x = ({name: Shape(recorder, (8,), mindspore.float16) for name in ("weight", "bias")},
                 Shape(recorder, (2, 5, 3, 8), mindspore.float16))
         layers.group_norm(x, p, 4, 1e-5)
-    assert set(recorder.count) == {"Cast", "ReduceMean", "BroadcastTo", "Sub", "Mul", "Add", "Rsqrt", "BiasAdd"}
+    assert set(recorder.count) == {"Cast", "ReduceMean", "BroadcastTo", "Mul", "Add", "Rsqrt", "BiasAdd"}
     statistics = [call for call in recorder.calls.values() if call.name in ("ReduceMean", "Rsqrt")]
     assert all(dtype == mindspore.float32 for call in statistics for _, dtype in call.inputs)
 

@@ -82,11 +82,12 @@ def test_a_loop_is_repainted_over_its_seam(params):
 
 
 def test_a_loop_of_music_holds_no_silence(params):
-    """A loop comes in steps of 0.16 s here: 0.3 s would be rounded to 0.32 s."""
-    options = {**SHORT, "loop": True, "repaint": [[0.1, 0.05]]}
-    short, = musicldm.generate(golden_config(), "a", params, **{**options, "init_audio": MUSIC[:4800]})
-    long, = musicldm.generate(golden_config(), "a", params, **options, audio_length_in_s=0.3)
-    assert len(short) == 2560 and len(long) == 5120 and same(long, MUSIC) == [(800, 1600)]
+    """A loop comes in steps of 0.16 s here: 1.08 s would be rounded to 1.12 s."""
+    music = waveform(1.08, 16000)[:17280]
+    options = {**SHORT, "init_audio": music, "loop": True, "repaint": [[0.9, 0.05]]}
+    short, = musicldm.generate(golden_config(), "a", params, **options)
+    long, = musicldm.generate(golden_config(), "a", params, **options, audio_length_in_s=0.9)
+    assert len(short) == len(long) == 15360 and same(long, music[:15360]) == [(800, 14400)]
 
 
 @pytest.mark.parametrize("seconds", [0.5, -0.5])
@@ -165,8 +166,8 @@ def test_the_command_line_is_generate(music, params):
             ("a", ["--strength", "0.5"], {"strength": 0.5}),
             ("b", ["--repaint", "0.1:0.2", "--repaint", "0.28:0.32"], {"repaint": [[0.1, 0.2], [0.28, 0.32]]}),
             ("c", ["--extend", "-0.3", "--set", "unet.sample_size=8"], {"extend": -0.3}),
-            ("d", ["--loop", "--repaint", "0.1:0.05", "--seconds", "0.19"],
-             {"loop": True, "repaint": [[0.1, 0.05]], "audio_length_in_s": 0.19})):
+            ("d", ["--loop", "--repaint", "0.1:0.05", "--seconds", "0.3"],
+             {"loop": True, "repaint": [[0.1, 0.05]], "audio_length_in_s": 0.3})):
         assert musicldm.main(["--prompt", "a", "--init-audio", music, *arguments, "--out", f"{name}.wav", *TINY]) == 0
         wanted, = musicldm.generate(cfg, "a", params, **SHORT, **options)
         written, _ = soundfile.read(f"{name}.wav")

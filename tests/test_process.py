@@ -49,11 +49,15 @@ print(result.tobytes().hex(), *(mel.tobytes().hex() for mel in inside))
 """ % SHORT
 
 
-def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params):
+call_back = functools.partial(in_a_process, CALLING_BACK)
+
+
+@pytest.mark.beside([call_back])
+def test_a_callback_may_call_back_in_even_when_that_forgets_the_graphs(params, beside):
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     wanted = musicldm.generate(golden_config(), "a", params, **SHORT, output_type="latent").tobytes().hex()
     mel = musicldm.decode_latents(golden_config(), latents, params).tobytes().hex()
-    assert in_a_process(CALLING_BACK)[0].split() == [wanted, mel, mel]
+    assert beside(call_back)[0].split() == [wanted, mel, mel]
 
 
 FORKED = """
@@ -93,7 +97,11 @@ print(peaks[-1] - peaks[1])
 """
 
 
-def test_memory_does_not_grow_with_the_number_of_lengths():
+decode_many_sizes = functools.partial(in_a_process, MANY_SIZES)
+
+
+@pytest.mark.beside([decode_many_sizes])
+def test_memory_does_not_grow_with_the_number_of_lengths(beside):
     """A size of this VAE takes 27 MB of graphs, of which some are oneDNN's to keep, up to a number."""
-    first, again, megabytes = in_a_process(MANY_SIZES)
+    first, again, megabytes = beside(decode_many_sizes)
     assert first == again and float(megabytes) < 4 * 27 / 2
