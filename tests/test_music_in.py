@@ -161,15 +161,17 @@ def test_takes_are_ranked_as_they_are_heard(params):
 
 
 def test_the_command_line_is_generate(music, params):
-    cfg = golden_config("unet.sample_size=8")
+    cfg, long = golden_config("unet.sample_size=8"), waveform(1.08, 16000)[:17280]
+    soundfile.write("long.wav", long, 16000, "FLOAT")
+    given = ["--init-audio", music, *TINY]
     for name, arguments, options in (
-            ("a", ["--strength", "0.5"], {"strength": 0.5}),
-            ("b", ["--repaint", "0.1:0.2", "--repaint", "0.28:0.32"], {"repaint": [[0.1, 0.2], [0.28, 0.32]]}),
-            ("c", ["--extend", "-0.3", "--set", "unet.sample_size=8"], {"extend": -0.3}),
-            ("d", ["--loop", "--repaint", "0.1:0.05", "--seconds", "0.3"],
-             {"loop": True, "repaint": [[0.1, 0.05]], "audio_length_in_s": 0.3})):
-        assert musicldm.main(["--prompt", "a", "--init-audio", music, *arguments, "--out", f"{name}.wav", *TINY]) == 0
-        wanted, = musicldm.generate(cfg, "a", params, **SHORT, **options)
+            ("a", [*given, "--strength", "0.5"], {"strength": 0.5}),
+            ("b", [*given, "--repaint", "0.1:0.2", "--repaint", "0.28:0.32"], {"repaint": [[0.1, 0.2], [0.28, 0.32]]}),
+            ("c", [*given, "--extend", "-0.3", "--set", "unet.sample_size=8"], {"extend": -0.3}),
+            ("d", [*(word.replace(music, "long.wav").replace("0.32", "0.9") for word in given), "--loop", "--repaint",
+                   "0.9:0.05"], {"init_audio": long, "loop": True, "repaint": [[0.9, 0.05]], "audio_length_in_s": 0.9})):
+        assert musicldm.main(["--prompt", "a", *arguments, "--out", f"{name}.wav"]) == 0
+        wanted, = musicldm.generate(cfg, "a", params, **{**SHORT, **options})
         written, _ = soundfile.read(f"{name}.wav")
         assert len(written) == len(wanted) and np.abs(written - wanted).max() <= 2 ** -15
 
@@ -191,7 +193,8 @@ def test_batches_and_resume_and_processes_give_the_same_files(music, monkeypatch
     assert capsys.readouterr().err == "musicldm: error: each_2.wav is there; valid under msrun: a new --out, or --resume\n"
 
 
-def test_what_is_clipped_or_does_nothing_is_told(music, capsys):
+def test_what_is_clipped_or_does_nothing_is_told(music, monkeypatch, capsys):
+    monkeypatch.setattr(musicldm, "generate", lambda *_, **__: np.zeros((1, 5120), np.float32))  # both are told before
     soundfile.write("loud.wav", 3 * MUSIC / np.abs(MUSIC).max(), 16000, "FLOAT")
     assert musicldm.main(["--prompt", "a", "--init-audio", "loud.wav", "--repaint", "0.1:0.2", "--guidance", "1",
                           "--negative-prompt", "b", *TINY]) == 0

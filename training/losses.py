@@ -146,11 +146,13 @@ def adversarial(scores):
     return total
 
 
-def discrimination(real, fake):
-    """Least squares of the discriminators (equation 1): scores should be 1 for real waveforms, 0 for fake ones."""
-    total = adversarial(real)
-    for score in fake:
-        total = total + (score * score).mean()
+def discrimination(scores):
+    """Least squares of the discriminators (equation 1): scores (2 N, H, W, 1) should be 1 for N real waveforms, 0 for
+    the N fake ones behind them."""
+    total = 0.0
+    for score in scores:
+        n = score.shape[0] // 2
+        total = total + ((1 - score[:n]) * (1 - score[:n])).mean() + (score[n:] * score[n:]).mean()
     return total
 
 

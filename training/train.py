@@ -330,9 +330,8 @@ def vocoder_stage(cfg, params, settings, tracks, seed, processes, rank):
                 + feature_weight * losses.feature_matching(wanted, features))
 
     def discriminator_loss(mel, real):
-        scores, _ = losses.discriminators(real, judges_tree, channels)
-        return losses.discrimination(scores, losses.discriminators(
-            ops.stop_gradient(fake(mel, real)), judges_tree, channels)[0])
+        both = ops.Concat(0)((real, ops.stop_gradient(fake(mel, real))))
+        return losses.discrimination(losses.discriminators(both, judges_tree, channels)[0])
 
     return types.SimpleNamespace(
         networks={"vocoder": network, "discriminators": judges},
