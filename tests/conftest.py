@@ -80,6 +80,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "beside(functions): see the fixture of this name")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)  # last, so that they need not wait
+
+
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """beside(function) -> what function(home) returned: one of those that the session's tests name by @mark.beside.
