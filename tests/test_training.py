@@ -130,6 +130,40 @@ def test_the_loss_sees_the_spectrogram_that_scipy_makes(size):
     assert np.abs(made - expected[:, :made.shape[1]]).max() < 1e-4
 
 
+def test_discriminators_and_their_losses():
+    """HiFi-GAN's section 2.3 and equations 1, 2 and 4, by SciPy's correlation: waveform 0 is real, waveform 1 fake."""
+    rng, x = np.random.default_rng(0), waveform(0.04, 16000)[:2 * 319].reshape(2, 319)
+    flat = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in
+            losses.discriminator_shapes((2, 4)).items()}
+    found, features = losses.discriminators(Tensor(x), weights.nest({k: Tensor(p) for k, p in flat.items()}), (2, 4))
+
+    period, scale = [(5, 3), (5, 3), (5, 1), (3, 1)], [(15, 1), (41, 4), (5, 1), (3, 1)]  # kernel, stride
+    judges = [(f"period.{p}", period, x[:, :319 // p * p].reshape(2, -1, p)) for p in (2, 3, 5, 7, 11)]
+    judges += [(f"scale.{i}", scale, x[:, :319 // k * k].reshape(2, -1, k).mean(2, keepdims=True))
+               for i, k in enumerate((1, 2, 4))]
+    seen, scores = [], []
+    for judge, stack, y in judges:
+        y = y[:, None]  # (N, C, H, W)
+        for i, (kernel, stride) in enumerate(stack):
+            weight, bias = (flat[f"{judge}.convs.{i}.{name}"] for name in ("weight", "bias"))
+            y = np.pad(y, ((0, 0), (0, 0), (kernel // 2, kernel // 2), (0, 0)))
+            y = np.stack([[dsp.correlate(image, filters, "valid")[0] + b for filters, b in zip(weight, bias)]
+                          for image in y])[:, :, ::stride]
+            if i < len(stack) - 1:
+                y = np.where(y > 0, y, 0.1 * y)
+                seen.append(y)
+        scores.append(y)
+    assert len(found) == len(scores) and len(features) == len(seen)
+    for made, wanted in zip((*found, *features), scores + seen):
+        assert relative_error(made.asnumpy().transpose(0, 3, 1, 2), wanted) < 1e-5
+    for value, wanted in (
+            (losses.discrimination(found), sum(((y[0] - 1) ** 2).mean() + (y[1] ** 2).mean() for y in scores)),
+            (losses.adversarial([y[1:] for y in found]), sum(((y[1] - 1) ** 2).mean() for y in scores)),
+            (losses.feature_matching([y[:1] for y in features], [y[1:] for y in features]),
+             sum(np.abs(y[0] - y[1]).mean() for y in seen))):
+        assert float(value) == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("audio, rate, message", [
     ([np.zeros(10), np.zeros(11)], 16000, "several lengths"), (np.zeros(10, int), 16000, "floating-point"),
     (np.array([np.nan]), 16000, "NaN"), (np.zeros(10), 10, "sampling_rate"),
@@ -231,40 +265,6 @@ def write_corpus(folder, n=8, rate=16000, seconds=1.28):
                       "tempo": 93.75 * (1 + i % 2), "downbeats": [0.0, 0.32, 0.64, 0.96]})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-def test_discriminators_and_their_losses():
-    """HiFi-GAN's section 2.3 and equations 1, 2 and 4, by SciPy's correlation: waveform 0 is real, waveform 1 fake."""
-    rng, x = np.random.default_rng(0), waveform(0.04, 16000)[:2 * 319].reshape(2, 319)
-    flat = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in
-            losses.discriminator_shapes((2, 4)).items()}
-    found, features = losses.discriminators(Tensor(x), weights.nest({k: Tensor(p) for k, p in flat.items()}), (2, 4))
-
-    period, scale = [(5, 3), (5, 3), (5, 1), (3, 1)], [(15, 1), (41, 4), (5, 1), (3, 1)]  # kernel, stride
-    judges = [(f"period.{p}", period, x[:, :319 // p * p].reshape(2, -1, p)) for p in (2, 3, 5, 7, 11)]
-    judges += [(f"scale.{i}", scale, x[:, :319 // k * k].reshape(2, -1, k).mean(2, keepdims=True))
-               for i, k in enumerate((1, 2, 4))]
-    seen, scores = [], []
-    for judge, stack, y in judges:
-        y = y[:, None]  # (N, C, H, W)
-        for i, (kernel, stride) in enumerate(stack):
-            weight, bias = (flat[f"{judge}.convs.{i}.{name}"] for name in ("weight", "bias"))
-            y = np.pad(y, ((0, 0), (0, 0), (kernel // 2, kernel // 2), (0, 0)))
-            y = np.stack([[dsp.correlate(image, filters, "valid")[0] + b for filters, b in zip(weight, bias)]
-                          for image in y])[:, :, ::stride]
-            if i < len(stack) - 1:
-                y = np.where(y > 0, y, 0.1 * y)
-                seen.append(y)
-        scores.append(y)
-    assert len(found) == len(scores) and len(features) == len(seen)
-    for made, wanted in zip((*found, *features), scores + seen):
-        assert relative_error(made.asnumpy().transpose(0, 3, 1, 2), wanted) < 1e-5
-    for value, wanted in (
-            (losses.discrimination(found), sum(((y[0] - 1) ** 2).mean() + (y[1] ** 2).mean() for y in scores)),
-            (losses.adversarial([y[1:] for y in found]), sum(((y[1] - 1) ** 2).mean() for y in scores)),
-            (losses.feature_matching([y[:1] for y in features], [y[1:] for y in features]),
-             sum(np.abs(y[0] - y[1]).mean() for y in seen))):
-        assert float(value) == pytest.approx(wanted, rel=1e-5)
 
 
 ARCHITECTURE = """
