@@ -243,7 +243,7 @@ CAPTIONS = ["fast drums", "slow piano", "a low tone", "a high tone", "bright syn
             "noise"]
 TINY = {"clap": {"batch": 8, "crop": 1.0, "learning_rate": 3e-3, "warmup": 10},
         "vae": {"batch": 4, "crop": 0.32, "learning_rate": 5e-3, "warmup": 10},
-        "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [4],
+        "vocoder": {"batch": 4, "crop": 0.16, "learning_rate": 3e-3, "warmup": 10, "discriminator_channels": [2, 4],
                     "adversarial_from": 50, "mel_windows": [512, 1024]},
         "unet": {"batch": 8, "crop": 0.32, "segment": 1.28, "learning_rate": 5e-3, "warmup": 10, "ema": 0.9}}
 STEPS = {"clap": 80, "vae": 90, "vocoder": 52, "unet": 60}

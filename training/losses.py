@@ -149,10 +149,10 @@ def adversarial(scores):
 def discrimination(scores):
     """Least squares of the discriminators (equation 1): scores (2 N, H, W, 1) should be 1 for N real waveforms, 0 for
     the N fake ones behind them."""
-    total = 0.0
+    n = scores[0].shape[0] // 2
+    total = adversarial([score[:n] for score in scores])
     for score in scores:
-        n = score.shape[0] // 2
-        total = total + ((1 - score[:n]) * (1 - score[:n])).mean() + (score[n:] * score[n:]).mean()
+        total = total + (score[n:] * score[n:]).mean()
     return total
 
 
